@@ -1,0 +1,217 @@
+"""Every configuration key with its default and unit, and the check of their values."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A user's mistake: one clear line, exit status 2."""
+
+
+@contextlib.contextmanager
+def user_errors(key: str = ''):
+    """Turns what the parts raise about their arguments into a ``ConfigError`` naming ``key``."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f'{key}: {error}' if key else str(error)) from error
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All keys. A config file takes this, changes what differs, and returns it."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # root of every random number: initialisation, order, augmentation
+    config.num_epochs = 100.0  # epochs
+    config.eval_every_epochs = 1.0  # epochs; the end of the run is always evaluated
+    config.checkpoint_every_epochs = 1.0  # epochs; the end of the run is always saved
+    config.log_every_steps = 50  # updates
+
+    config.model = model = ml_collections.ConfigDict()
+    model.name = 'resnet20'  # see adabatch_jax.models
+    model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters stay float32
+    model.batch_norm = 'local'  # statistics over: local (one microbatch) or sync (all devices')
+
+    config.dataset = dataset = ml_collections.ConfigDict()
+    dataset.name = 'cifar10'  # digits, synthetic, npz, or a TFDS name; see input_pipeline.datasets
+    dataset.data_dir = ''  # TFDS folder, or folder of the npz files; '': TFDS's default
+    dataset.train_split = 'train'  # also slices: train[:20%], train[1000:2000]
+    dataset.eval_split = 'test'
+    dataset.augment = 'pad_crop_flip'  # none, pad_crop or pad_crop_flip
+    dataset.crop_padding = 4  # pixels of zeros on each side before a random crop
+    dataset.remainder = 'carry'  # partial batch at an epoch's end: carry or drop
+    dataset.pipeline = 'tf_data'
+    dataset.eval_batch_size = 500  # examples over all devices; the last batch is padded and masked
+    dataset.num_examples = 1024  # synthetic only: examples a split
+    dataset.image_size = 32  # synthetic only: pixels
+    dataset.num_classes = 10  # synthetic only
+
+    config.batch = batch = ml_collections.ConfigDict()
+    batch.policy = 'adabatch'  # see adabatch_jax.policies
+    batch.base_size = 128  # examples per update in the first stage
+    batch.growth_factor = 2.0  # ratio of one batch size to the one before it
+    batch.growth_epochs = 20.0  # epochs between two growths
+    batch.max_size = 0  # examples; ceiling of growth, 0: none
+    batch.stages = ()  # policy stages: ((start epoch, batch size), ...)
+    batch.patience_epochs = 3  # policy plateau: epochs without improvement before growth
+    batch.min_improvement = 0.01  # policy plateau: relative fall of the loss that is improvement
+    batch.update_growth_factor = 1.1  # policy friedlander_schmidt: growth of the sample per update
+    batch.max_per_device = 0  # examples; largest microbatch of one device, 0: the whole share
+
+    config.learning_rate = rate = ml_collections.ConfigDict()
+    rate.effective = 0.01  # at the reference batch size
+    rate.schedule = 'step'  # constant, step, cosine or polynomial
+    rate.decay_factor = 0.375  # step: ratio at each decay
+    rate.decay_epochs = 0.0  # step: epochs between two decays; 0: batch.growth_epochs
+    rate.decay_at_epochs = ()  # step: the epochs themselves, instead of an interval
+    rate.power = 2.0  # polynomial: exponent
+    rate.warmup_epochs = 0.0  # epochs of linear warm-up
+    rate.warmup_initial = 0.0  # fraction of the rate at which warm-up begins
+    rate.coupling = 'linear'  # to the batch size: linear, sqrt or none
+    rate.reference_batch_size = 128  # examples
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.name = 'sgd'  # see adabatch_jax.optimizers
+    optimizer.momentum = 0.9
+    optimizer.nesterov = False
+    optimizer.weight_decay = 0.0  # coefficient, added to the gradient
+
+    config.compile = compile_ = ml_collections.ConfigDict()
+    compile_.precompile = True  # compile later stages in the background
+    compile_.cache_dir = 'auto'  # persistent cache; auto: ~/.cache/adabatch_jax, '': off
+
+    config.lock()
+    return config
+
+
+# Keys that change how a run is carried out but not what it computes: they may differ when a
+# work directory is continued.
+RUNTIME_KEYS = (
+    'compile.precompile',
+    'compile.cache_dir',
+    'dataset.data_dir',
+    'dataset.pipeline',
+    'dataset.eval_batch_size',
+    'checkpoint_every_epochs',
+)
+
+_POSITIVE = (
+    'num_epochs',
+    'eval_every_epochs',
+    'checkpoint_every_epochs',
+    'log_every_steps',
+    'dataset.eval_batch_size',
+    'dataset.num_examples',
+    'dataset.image_size',
+    'dataset.num_classes',
+    'batch.base_size',
+    'batch.growth_epochs',
+    'batch.patience_epochs',
+    'learning_rate.effective',
+    'learning_rate.decay_factor',
+    'learning_rate.power',
+    'learning_rate.reference_batch_size',
+)
+_NOT_NEGATIVE = (
+    'seed',
+    'dataset.crop_padding',
+    'batch.max_size',
+    'batch.max_per_device',
+    'batch.min_improvement',
+    'learning_rate.decay_epochs',
+    'learning_rate.warmup_epochs',
+    'learning_rate.warmup_initial',
+    'optimizer.momentum',
+    'optimizer.weight_decay',
+)
+_ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor')
+_CHOICES = {
+    'model.dtype': ('float32', 'bfloat16'),
+    'model.batch_norm': ('local', 'sync'),
+    'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip'),
+    'dataset.remainder': ('carry', 'drop'),
+    'dataset.pipeline': ('tf_data',),
+    'learning_rate.schedule': ('constant', 'step', 'cosine', 'polynomial'),
+    'learning_rate.coupling': ('linear', 'sqrt', 'none'),
+}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """``{'batch.base_size': 128, ...}`` from a config or a dictionary of dictionaries."""
+    flat = {}
+    for key, value in tree.items():
+        if hasattr(value, 'items'):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """Checks every value by itself, fills in what follows from other keys, and freezes the config.
+
+    Raises:
+      ConfigError: naming the key, the value received and what is accepted.
+    """
+    defaults, given = flatten(default_config()), flatten(config)
+    if unknown := sorted(given.keys() - defaults.keys()):
+        raise ConfigError(f'config.{unknown[0]}: unknown key; known: {", ".join(defaults)}')
+    if missing := sorted(defaults.keys() - given.keys()):
+        raise ConfigError(f'config.{missing[0]}: missing; start from config.default_config()')
+
+    def check(keys, accepted, is_good):
+        for key in keys:
+            value = given[key]
+            if not (math.isfinite(value) and is_good(value)):
+                raise ConfigError(f'config.{key}: got {value}; accepted: {accepted}')
+
+    check(_POSITIVE, 'a positive number', lambda value: value > 0)
+    check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
+    check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
+    check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
+    check(('optimizer.momentum',), 'a number from 0 to below 1', lambda value: value < 1)
+    for key, accepted in _CHOICES.items():
+        if given[key] not in accepted:
+            raise ConfigError(
+                f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}'
+            )
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        if resolved.learning_rate.decay_epochs == 0:
+            resolved.learning_rate.decay_epochs = resolved.batch.growth_epochs
+    return ml_collections.FrozenConfigDict(resolved)
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as readable JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The inverse of ``to_json``: keys that are missing in an older file get their default."""
+    config = default_config()
+    for key, value in flatten(json.loads(text)).items():
+        if key not in flatten(config):
+            raise ConfigError(f'config.json: unknown key {key}')
+        config.update_from_flattened_dict({key: _tuples(value)})
+    return config
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def differences(ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict) -> list[str]:
+    """The keys, other than ``RUNTIME_KEYS``, whose values differ, as ``key (ours, theirs)``."""
+    a, b = flatten(ours), flatten(theirs)
+    return [
+        f'{key} ({a.get(key)!r} here, {b.get(key)!r} there)'
+        for key in sorted(a.keys() | b.keys())
+        if key not in RUNTIME_KEYS and a.get(key) != b.get(key)
+    ]

@@ -1,0 +1,60 @@
+"""Devices: the mesh, the shardings, and how a batch gets onto them."""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS_NAME = 'batch'
+
+
+def mesh() -> Mesh:
+    """All devices of all processes along one axis, ``'batch'``."""
+    return Mesh(np.array(jax.devices()), (AXIS_NAME,))
+
+
+def replicated() -> NamedSharding:
+    """One copy on every device, without a leading device axis."""
+    return NamedSharding(mesh(), PartitionSpec())
+
+
+def sharded() -> NamedSharding:
+    """The leading axis, one entry for each device, spread over the devices."""
+    return NamedSharding(mesh(), PartitionSpec(AXIS_NAME))
+
+
+def local_rows(batch_size: int) -> slice:
+    """The examples of a global batch that this process's devices work on."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def put(batch: Any) -> Any:
+    """Puts this process's share of a batch on its devices.
+
+    Args:
+      batch: pytree of host arrays ``[examples of this process, ...]``.
+
+    Returns:
+      Global arrays ``[devices, examples of a device, ...]``; the copies run asynchronously.
+    """
+    sharding = sharded()
+
+    def put_array(array):
+        per_device = array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, per_device)
+
+    return jax.tree.map(put_array, batch)
+
+
+def put_ahead(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:
+    """Puts batches on the devices ``depth`` ahead of their use."""
+    batches = iter(batches)
+    queue = collections.deque(map(put, itertools.islice(batches, depth)))
+    while queue:
+        yield queue.popleft()
+        queue.extend(map(put, itertools.islice(batches, 1)))

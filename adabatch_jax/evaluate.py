@@ -1,0 +1,56 @@
+"""Evaluation: every example once, with running BatchNorm statistics."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from adabatch_jax import checkpoint, distributed, input_pipeline, metrics, steps, train_state
+from adabatch_jax.config import ConfigError, user_errors
+from adabatch_jax.experiment import describe
+
+
+def evaluate(state: train_state.TrainState, spec: steps.StepSpec, pipeline) -> dict[str, Any]:
+    """Mean ``loss`` and ``accuracy`` over the evaluation split, and ``num_examples``."""
+    step = steps.CACHE.get(spec)
+    total, running = {}, None
+    for batch in distributed.put_ahead(pipeline.eval_batches(spec.batch_size)):
+        sums = step(state.variables, batch)
+        if running is not None:  # one step in flight at most
+            total = metrics.add_sums(total, jax.device_get(running))
+        running = sums
+    total = metrics.add_sums(total, jax.device_get(running))
+    return {**metrics.mean_metrics(total), 'num_examples': round(total['count'])}
+
+
+def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str, Any]:
+    """Evaluates the checkpoint of a work directory on ``config.dataset.eval_split``.
+
+    Args:
+      config: the resolved config of the run.
+      workdir: the run's work directory.
+      which: ``'latest'`` or ``'best'``.
+
+    Returns:
+      ``step``, ``epoch``, ``split``, ``loss``, ``accuracy`` and ``num_examples``.
+
+    Raises:
+      ConfigError: no run there, or no data.
+    """
+    run = describe(config)
+    folder = pathlib.Path(workdir, checkpoint.FOLDER)
+    with user_errors('workdir'):
+        step = checkpoint.best_step(folder) if which == 'best' else None
+        if which == 'best' and step is None:
+            raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
+        state = train_state.restore(workdir, step)
+    with user_errors('config.dataset'):
+        pipeline = input_pipeline.create(config, run.clock)
+    result = evaluate(state, run.eval_spec, pipeline)
+    epoch = run.clock.epoch(int(state.examples_seen))
+    return {
+        'step': int(state.step),
+        'epoch': epoch,
+        'split': config.dataset.eval_split,
+        **result,
+    }

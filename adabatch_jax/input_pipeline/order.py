@@ -1,0 +1,62 @@
+"""The order of examples and the random draws of their augmentation, as functions of the position."""
+
+import functools
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """The permutation of ``[0, num_examples)`` in which an epoch goes through the data, int64."""
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+    order.setflags(write=False)
+    return order
+
+
+def examples_at(
+    seed: int, num_examples: int, start: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``count`` examples from position ``start`` of the stream of epochs on.
+
+    Returns:
+      Their indices in the split, int64 ``[count]``, and the epoch of each, int64 ``[count]``.
+    """
+    positions = np.arange(start, start + count)
+    epochs, offsets = np.divmod(positions, num_examples)
+    examples = np.empty(count, np.int64)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        here = epochs == epoch
+        examples[here] = epoch_order(seed, epoch, num_examples)[offsets[here]]
+    return examples, epochs
+
+
+def random_bits(seed: int, epochs: np.ndarray, examples: np.ndarray, draws: int) -> np.ndarray:
+    """Independent uint32 draws for each (seed, epoch, example), ``[examples, draws]``.
+
+    A counter-based generator: each word is mixed in with the finaliser of MurmurHash3 (Appleby,
+    public domain), in 32-bit arithmetic that NumPy, TensorFlow and a device can all do.
+    """
+    words = (seed & 0xFFFFFFFF, seed >> 32, epochs[:, None], examples[:, None], np.arange(draws))
+    state = np.zeros((len(examples), draws), np.uint32)
+    for word in words:
+        state = (state ^ np.asarray(word, np.uint32)) + np.uint32(0x9E3779B9)
+        state ^= state >> np.uint32(16)
+        state *= np.uint32(0x85EBCA6B)
+        state ^= state >> np.uint32(13)
+        state *= np.uint32(0xC2B2AE35)
+        state ^= state >> np.uint32(16)
+    return state
+
+
+def crop_and_flip(
+    seed: int, epochs: np.ndarray, examples: np.ndarray, padding: int, flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of a random crop from padded images, and which images to mirror.
+
+    Returns:
+      Offsets from the top and the left, int32 ``[examples, 2]`` in ``[0, 2 * padding]``, and
+      mirrored, bool ``[examples]``.
+    """
+    bits = random_bits(seed, epochs, examples, 3)
+    offsets = (bits[:, :2] % np.uint32(2 * padding + 1)).astype(np.int32)
+    return offsets, (bits[:, 2] >> np.uint32(31)).astype(bool) & flip

@@ -1,0 +1,100 @@
+"""tf.data: batches of any size from any position, augmented in whole batches."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from adabatch_jax import distributed
+from adabatch_jax.input_pipeline import order
+from adabatch_jax.input_pipeline.datasets import load_split, tensorflow
+
+tf = tensorflow()
+
+Batch = dict[str, np.ndarray]
+
+
+class TfDataPipeline:
+    """Training and evaluation batches of this process, from arrays in host memory."""
+
+    def __init__(self, config, clock):
+        dataset = config.dataset
+        self._seed = config.seed
+        self._clock = clock
+        self._padding = 0 if dataset.augment == 'none' else dataset.crop_padding
+        self._flip = dataset.augment == 'pad_crop_flip'
+        images, labels = load_split(dataset, dataset.train_split, config.seed)
+        self._images, self._labels = tf.constant(images), labels
+        self._eval = load_split(dataset, dataset.eval_split, config.seed)
+
+    def train_batches(self, start: int, batch_size: int) -> Iterator[Batch]:
+        """This process's share of every batch from position ``start`` on, without end.
+
+        Args:
+          start: examples seen before the first batch.
+          batch_size: examples of a batch over all processes.
+
+        Yields:
+          ``image`` uint8 ``[n, height, width, channels]``, ``label`` int32 ``[n]`` and ``example``,
+          the index in the training split, int32 ``[n]``.
+        """
+        rows = distributed.local_rows(batch_size)
+        size = rows.stop - rows.start
+
+        def draws():
+            for update in self._clock.updates(start, batch_size):
+                examples, epochs = order.examples_at(
+                    self._seed, self._clock.num_examples, update.start + rows.start, size
+                )
+                offsets, mirrored = order.crop_and_flip(
+                    self._seed, epochs, examples, self._padding, self._flip
+                )
+                yield examples.astype(np.int32), self._labels[examples], offsets, mirrored
+
+        signature = (
+            tf.TensorSpec([size], tf.int32),
+            tf.TensorSpec([size], tf.int32),
+            tf.TensorSpec([size, 2], tf.int32),
+            tf.TensorSpec([size], tf.bool),
+        )
+        dataset = (
+            tf.data.Dataset.from_generator(draws, output_signature=signature)
+            .map(self._images_of, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .prefetch(2)
+        )
+        return dataset.as_numpy_iterator()
+
+    def _images_of(self, examples, labels, offsets, mirrored):
+        """Gathers, pads, crops and mirrors a whole batch: two gathers, no loop over examples."""
+        images = tf.gather(self._images, examples)
+        if self._padding or self._flip:
+            height, width = images.shape[1:3]
+            padding = [self._padding, self._padding]
+            images = tf.pad(images, [[0, 0], padding, padding, [0, 0]])
+            columns = tf.range(width)
+            columns = tf.where(mirrored[:, None], columns[::-1], columns)
+            rows = offsets[:, :1] + tf.range(height)
+            images = tf.gather(images, rows, axis=1, batch_dims=1)
+            images = tf.gather(images, offsets[:, 1:] + columns, axis=2, batch_dims=1)
+        return {'image': images, 'label': labels, 'example': examples}
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every evaluation example once, this process's share; the last batch is padded.
+
+        Yields:
+          ``image``, ``label``, and ``mask``, float32 ``[n]``: 1 for an example, 0 for padding.
+        """
+        images, labels = self._eval
+        rows = distributed.local_rows(batch_size)
+        for start in range(0, len(labels), batch_size):
+            part = slice(start + rows.start, min(start + rows.stop, len(labels)))
+            image, label = images[part], labels[part]
+            missing = rows.stop - rows.start - len(label)
+
+            def pad(array, missing=missing):
+                return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+            yield {
+                'image': pad(image),
+                'label': pad(label),
+                'mask': pad(np.ones(len(label), np.float32)),
+            }

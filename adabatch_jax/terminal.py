@@ -1,0 +1,141 @@
+"""What a person sees while a run goes on: the plan, a progress bar, a table of the stages."""
+
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from adabatch_jax.schedules import Clock, Plan
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=120)  # a log file has no width of its own
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
+    for column in columns:
+        table.add_column(column, justify='right', no_wrap=True)
+    return table
+
+
+def _range(start: float, end: float) -> str:
+    return f'{start:.6g}' if start == end else f'{start:.6g} - {end:.6g}'
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints every stage of a plan and its totals."""
+    clock = plan.clock
+    table = _table(
+        'Plan', 'stage', 'epochs', 'batch', 'split', 'updates', 'learning rate'
+    )
+    for stage in plan.stages:
+        table.add_row(
+            str(stage.index),
+            f'{clock.epoch(stage.start):.5g} - {clock.epoch(stage.end):.5g}',
+            f'{stage.batch_size:,}',
+            f'{plan.num_devices} x {stage.num_microbatches} x {stage.microbatch_size}',
+            f'{stage.num_updates:,}',
+            _range(stage.learning_rate_start, stage.learning_rate_end),
+        )
+    console.print(table)
+    rate = plan.learning_rate
+    console.print(
+        f'{plan.num_updates:,} updates, {clock.num_epochs:g} epochs of {clock.num_examples:,} '
+        f'examples, partial batches: {clock.remainder}; learning rate stated for batch size '
+        f'{rate.reference_batch_size}, coupling {rate.coupling}; split: devices x microbatches x '
+        'examples of a microbatch'
+    )
+    if not plan.planned:
+        sizes = ', '.join(map(str, plan.ladder))
+        console.print(f'Batch sizes are decided during the run, from {sizes}; shown: no growth.')
+
+
+class ProgressDisplay:
+    """A progress bar over the epochs, or plain lines where the output is no terminal."""
+
+    def __init__(self, clock: Clock, examples_seen: int):
+        self._clock = clock
+        self._bar = Progress(
+            TextColumn('epoch {task.fields[epoch]:.2f}/{task.total:g}'),
+            BarColumn(bar_width=20),
+            TextColumn('batch {task.fields[batch_size]}'),
+            TextColumn('lr {task.fields[learning_rate]:.4g}'),
+            TextColumn('loss {task.fields[loss]:.4f}'),
+            TextColumn('{task.fields[examples_per_second]:,.0f} images/s'),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        epoch = clock.epoch(examples_seen)
+        self._task = self._bar.add_task(
+            'train',
+            total=clock.num_epochs,
+            completed=epoch,
+            epoch=epoch,
+            batch_size='-',
+            learning_rate=0.0,
+            loss=float('nan'),
+            examples_per_second=0.0,
+        )
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def update(self, examples_seen: int, **fields: Any) -> None:
+        """Shows the fields ``batch_size``, ``learning_rate``, ``loss``, ``examples_per_second``."""
+        epoch = self._clock.epoch(examples_seen)
+        self._bar.update(self._task, completed=epoch, epoch=epoch, **fields)
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
+        console.print(message)
+
+
+def print_stages(records: list[dict[str, Any]]) -> None:
+    """Prints what each stage of a finished run took, and its end, from the run's records."""
+    entered = {r['stage']: r for r in reversed(records) if r['kind'] == 'stage'}
+    stages = [entered[stage] for stage in sorted(entered)]  # without the entries of continuations
+    end = next(r for r in reversed(records) if r['kind'] == 'summary')
+    table = _table(
+        'Stages', 'stage', 'epochs', 'batch', 'updates', 'learning rate', 'images/s', 'loss',
+        'compile s', 'stall s',
+    )  # fmt: skip
+    for stage, following in zip(stages, [*stages[1:], end], strict=True):
+        train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
+        last = train[-1] if train else {}
+        speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]
+        table.add_row(
+            str(stage['stage']),
+            f'{stage["epoch"]:.4g} - {following["epoch"]:.4g}',
+            f'{stage["batch_size"]:,}',
+            f'{following["step"] - stage["step"]:,}',
+            f'{stage["learning_rate"]:.5g}',
+            f'{sorted(speeds)[len(speeds) // 2]:,.0f}' if speeds else '-',
+            f'{last["loss"]:.4f}' if last.get('loss') is not None else '-',
+            f'{stage["compile_seconds"]:.1f}' + (' (cached)' if stage['cache_hit'] else ''),
+            f'{stage["stall_seconds"]:.2f}',
+        )
+    console.print(table)
+    console.print(
+        f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
+        f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
+        f'{end["best_accuracy"]:.2%}'
+    )
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Prints what an evaluation of a checkpoint gave."""
+    console.print(
+        f'update {result["step"]:,}, epoch {result["epoch"]:.4g}: {result["split"]} loss '
+        f'{result["loss"]:.4f}, accuracy {result["accuracy"]:.2%} of {result["num_examples"]:,} '
+        'examples'
+    )

@@ -1,0 +1,124 @@
+"""The train state, and what users import to look at a trained run.
+
+In a notebook::
+
+    from adabatch_jax import models, train_state
+    state = train_state.restore('runs/quickstart')
+    model = models.get_model('resnet8', num_classes=10)
+    logits = model.apply(state.variables, images, train=False)
+"""
+
+import hashlib
+import os
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything on the devices that an update changes.
+
+    Attributes:
+      step: int32 scalar, updates taken.
+      examples_seen: uint32 scalar, the clock.
+      params: pytree of float32 arrays.
+      batch_stats: BatchNorm running statistics, float32; empty for a model without.
+      opt_state: the optimizer's state.
+      rng: uint32 [2], root random key of the run; updates fold their number into it.
+    """
+
+    step: jax.Array
+    examples_seen: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    rng: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What ``model.apply`` takes."""
+        return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def create(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int = 0,
+) -> TrainState:
+    """A fresh state; the same seed gives the same state on any number of devices.
+
+    Args:
+      model: a linen module, called ``model.apply(variables, images, train=...)``.
+      optimizer: an optax transformation.
+      image_shape: height, width, channels.
+      seed: root of the initialisation and of the run's random key.
+    """
+    init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
+
+    @jax.jit
+    def initialise(key):
+        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+        params = variables['params']
+        return params, variables.get('batch_stats', {}), optimizer.init(params)
+
+    params, batch_stats, opt_state = initialise(init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        examples_seen=jnp.zeros((), jnp.uint32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        rng=run_key,
+    )
+
+
+def restore(
+    workdir: str | os.PathLike, step: int | None = None, target: TrainState | None = None
+) -> TrainState:
+    """The state that a work directory holds, on this process's devices, however many they are.
+
+    Args:
+      workdir: a run's work directory.
+      step: the update to restore; None for the latest that was saved.
+      target: a state of the same structure, from ``create``. Without one, ``opt_state`` comes back
+        as plain dictionaries; everything else is the same.
+
+    Raises:
+      FileNotFoundError: no checkpoint there, or none of that step; the message lists what exists.
+    """
+    from adabatch_jax import checkpoint
+
+    tree, _ = checkpoint.restore(os.path.join(workdir, checkpoint.FOLDER), step, target)
+    return tree if isinstance(tree, TrainState) else TrainState(**tree)
+
+
+def param_count(state_or_params: Any) -> int:
+    """Number of trainable scalars in a state or in a pytree of parameters."""
+    params = getattr(state_or_params, 'params', state_or_params)
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def params_digest(state: TrainState) -> str:
+    """SHA-256 of parameters and batch statistics: equal digests are equal weights, bit for bit.
+
+    Hashes, for every array in the order of its path, the path, the dtype, the shape and the bytes
+    (little-endian, row-major).
+    """
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree.flatten_with_path(
+        {'params': state.params, 'batch_stats': state.batch_stats}
+    )
+    named = sorted((jax.tree_util.keystr(path, simple=True, separator='/'), x) for path, x in leaves)
+    for path, leaf in named:
+        array = np.asarray(leaf)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder('<'))
+        digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
