@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -105,15 +106,23 @@ def restore(
         what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
         have = f'; it has those of steps {", ".join(map(str, existing))}' if existing else ''
         raise FileNotFoundError(f'{what} in {str(directory)!r}{have}')
-    path = directory / str(existing[-1] if step is None else step)
-    with ocp.StandardCheckpointer() as checkpointer:
+    step = existing[-1] if step is None else step
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ('batch',)), PartitionSpec())
+    with ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(create=False),
+        item_handlers={
+            'state': ocp.StandardCheckpointHandler(),
+            'host': ocp.JsonCheckpointHandler(),
+        },
+    ) as manager:
         if target is None:
-            target = checkpointer.metadata(path / 'state').item_metadata.tree
-        everywhere = NamedSharding(Mesh(np.array(jax.devices()), ('batch',)), PartitionSpec())
+            target = manager.item_metadata(step)['state'].tree
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), target
         )
-        state = checkpointer.restore(path / 'state', shapes)
-    host = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / 'host')
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), host=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=args)
     # Restored buffers may not be donatable; those that come out of a compiled function are.
-    return jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree))(state), host
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    return copy(restored['state']), restored['host']

@@ -178,9 +178,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(('optimizer.momentum',), 'a number from 0 to below 1', lambda value: value < 1)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:
-            raise ConfigError(
-                f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}'
-            )
+            raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
         if resolved.learning_rate.decay_epochs == 0:

@@ -1,9 +1,12 @@
-"""Command line: ``python -m adabatch_jax.main --config=configs/NAME.py --workdir=DIR``.
+"""Trains, evaluates or plans the run that a config file describes.
 
-Exit status: 0 success; 2 a mistake in config or input, one line on standard error; 3 training
+    python -m adabatch_jax.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
+
+Exit status: 0 success; 2 a mistake in config or input, told in one line on standard error; 3 training
 diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
 """
 
+import difflib
 import signal
 import sys
 import threading
@@ -12,66 +15,107 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from adabatch_jax import evaluate, terminal, train, workdir
-from adabatch_jax.config import ConfigError, resolve
+from adabatch_jax.config import ConfigError, default_config, flatten, resolve
 from adabatch_jax.metrics import read_records
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string('workdir', None, 'Directory of the run.')
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'plan'], 'What to do.')
-flags.DEFINE_enum('checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate (mode eval).')
-config_flags.DEFINE_config_file('config', None, 'Config file, with :VARIANT where it has any.')
+
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command line's flags, fresh for every call of ``main``."""
+    values = flags.FlagValues()
+    flags.DEFINE_string('workdir', None, 'Directory of the run.', flag_values=values)
+    flags.DEFINE_enum(
+        'mode',
+        'train',
+        ['train', 'eval', 'plan'],
+        'train: train, or continue what the work directory holds; eval: evaluate a checkpoint; '
+        'plan: print every stage and exit.',
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        'checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate.', flag_values=values
+    )
+    config_flags.DEFINE_config_file(
+        'config', None, 'Config file; its keys: --config.KEY=VALUE', values, sys_argv=argv
+    )
+    return values
 
 
-def parse(argv: list[str]) -> None:
-    """Parses the command line into ``FLAGS``; every mistake in it is a ``ConfigError``."""
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The parsed command line; every mistake in it is a ``ConfigError``."""
+    check_overrides(argv)
+    values = define_flags(argv)
     try:
-        rest = FLAGS(argv)[1:]
-        if FLAGS.config is not None:
-            FLAGS.config.lock  # noqa: B018  a config file that failed says so at the first access
+        rest = values(argv)[1:]
+        if values.config is not None:
+            dict(values.config)  # a config file that failed says so at the first access
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # a config file is the user's code: it can raise anything
-        raise ConfigError(f'--config: {type(error).__name__}: {error}') from error
+        raise ConfigError(f'--config: {str(error).strip().splitlines()[-1]}') from error
     if rest:
         raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
+    return values
 
 
-def run() -> int:
-    """Does what the flags say; returns the exit status."""
-    config = FLAGS.config
-    if FLAGS.mode != 'plan' and not FLAGS.workdir:
+def check_overrides(argv: list[str]) -> None:
+    """Refuses ``--config.KEY=VALUE`` of unknown keys and wrong types, more clearly than a parser."""
+    accepted = {int: 'a whole number', float: 'a number'}
+    defaults = flatten(default_config())
+    for argument in argv[1:]:
+        key, given, value = argument.lstrip('-').partition('=')
+        if not argument.startswith('-') or not key.startswith('config.'):
+            continue
+        key = key.removeprefix('config.')
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=3, cutoff=0.5) or defaults
+            raise ConfigError(f'config.{key}: unknown key; accepted: {", ".join(close)}')
+        kind = type(defaults[key])
+        try:
+            if given and kind in accepted:
+                kind(value)
+        except ValueError:
+            raise ConfigError(f'config.{key}: got {value!r}; accepted: {accepted[kind]}') from None
+
+
+def run(values: flags.FlagValues) -> int:
+    """Does what the command line says; returns the exit status."""
+    config, directory = values.config, values.workdir
+    if values.mode != 'plan' and not directory:
         raise ConfigError('--workdir: missing; give the directory of the run')
     if config is None:
-        if FLAGS.mode != 'eval':
+        if values.mode != 'eval':
             raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
-        config = workdir.read_config(FLAGS.workdir)
-    if FLAGS.mode == 'plan':
+        config = workdir.read_config(directory)
+    if values.mode == 'plan':
         terminal.print_plan(train.plan(config))
         return 0
-    if FLAGS.mode == 'eval':
-        result = evaluate.evaluate_checkpoint(resolve(config), FLAGS.workdir, FLAGS.checkpoint)
+    if values.mode == 'eval':
+        result = evaluate.evaluate_checkpoint(resolve(config), directory, values.checkpoint)
         terminal.print_evaluation(result)
         return 0
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-        train.train(config, FLAGS.workdir, stop)
+        train.train(config, directory, stop)
     except train.Preempted as reason:
-        terminal.console.print(f'{reason}; the same command continues')
+        print(f'{reason}; the same command continues', file=sys.stderr)
         return 143
     except train.Diverged as reason:
-        print(reason, file=sys.stderr)
+        print(f'error: {reason}', file=sys.stderr)
         return 3
-    terminal.print_stages(read_records(FLAGS.workdir))
+    terminal.print_stages(read_records(directory))
     return 0
 
 
 def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold('warning')
+    if '--help' in argv or '-h' in argv:
+        print(f'{__doc__}\n{define_flags([]).get_help()}')
+        return 0
     try:
-        parse(argv)
-        return run()
+        return run(parse(argv))
     except ConfigError as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2

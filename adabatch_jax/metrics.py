@@ -29,7 +29,7 @@ class MetricsWriter:
 
         path = pathlib.Path(workdir, METRICS_FILE)
         _drop_broken_tail(path)
-        self._file = open(path, 'a', encoding='utf-8')
+        self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
         self._tensorboard = SummaryWriter(str(workdir))
 
     def write(self, kind: str, **fields: Any) -> None:

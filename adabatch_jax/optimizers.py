@@ -5,7 +5,7 @@ import functools
 import optax
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def create(
     name: str, *, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:

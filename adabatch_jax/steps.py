@@ -114,9 +114,7 @@ def train_step(
     def accumulate(total, microbatch):
         index, images, labels = microbatch
         key = jax.random.fold_in(device_key, index)
-        grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(
-            state.params, images, labels, key
-        )
+        grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params, images, labels, key)
         part = (grads, batch_stats, sums)
         return jax.tree.map(jnp.add, total, part), None
 
@@ -189,9 +187,7 @@ def _mapped(spec: StepSpec):
         return jax.ShapeDtypeStruct((devices, per_device, *dims), dtype)
 
     batch = {'image': shape(jnp.uint8, *spec.image_shape), 'label': shape(jnp.int32)}
-    state = jax.eval_shape(
-        lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape)
-    )
+    state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
     if not spec.train:
         fn = jax.pmap(
             lambda variables, batch: eval_step(spec, variables, batch),

@@ -30,9 +30,7 @@ def _range(start: float, end: float) -> str:
 def print_plan(plan: Plan) -> None:
     """Prints every stage of a plan and its totals."""
     clock = plan.clock
-    table = _table(
-        'Plan', 'stage', 'epochs', 'batch', 'split', 'updates', 'learning rate'
-    )
+    table = _table('Plan', 'stage', 'epochs', 'batch', 'split', 'updates', 'learning rate')
     for stage in plan.stages:
         table.add_row(
             str(stage.index),

@@ -1,39 +1,30 @@
 """The training loop and its set-up. To find your way, begin with ``train``."""
 
 import contextlib
-import dataclasses
-import itertools
-import math
 import os
 import pathlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from adabatch_jax import (
     checkpoint,
     distributed,
     input_pipeline,
     metrics,
-    policies,
     schedules,
     steps,
-    terminal,
     train_state,
     workdir,
 )
 from adabatch_jax.config import resolve, user_errors
-from adabatch_jax.evaluate import evaluate
-from adabatch_jax.experiment import Experiment, describe
+from adabatch_jax.experiment import describe
+from adabatch_jax.run import Diverged, Run
 
-
-class Diverged(RuntimeError):
-    """The training loss is no longer finite; the last checkpoint is from before that."""
+__all__ = ['Diverged', 'Preempted', 'plan', 'train']
 
 
 class Preempted(RuntimeError):
@@ -85,24 +76,26 @@ def plan(config: ml_collections.ConfigDict) -> schedules.Plan:
 
 
 @contextlib.contextmanager
-def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> Iterator['Run']:
+def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> Iterator[Run]:
     """Sets up a run at the position that its work directory holds, and closes its files."""
     steps.enable_persistent_cache(config.compile.cache_dir)
-    workdir.check(config, directory)
     experiment = describe(config)
-    if config.compile.precompile:  # the first step compiles while the data is read
-        steps.CACHE.precompile(experiment.train_spec(experiment.plan.stages[0].batch_size))
-    with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, experiment.clock)
-    workdir.create(config, experiment.plan, directory)
-
+    workdir.check(config, directory)
+    folder = directory / checkpoint.FOLDER
+    host = None
     state = train_state.create(
         experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
     )
-    state, host = jax.device_put(state, distributed.replicated()), None
-    folder = directory / checkpoint.FOLDER
     if checkpoint.steps(folder):
         state, host = checkpoint.restore(folder, target=state)
+    state = jax.device_put(state, distributed.replicated())
+    if config.compile.precompile:  # the first step compiles while the data is read
+        first = experiment.plan.stages[0].batch_size
+        size = host['decision']['batch_size'] if host else first
+        steps.CACHE.precompile(experiment.train_spec(size))
+    with user_errors('config.dataset'):
+        pipeline = input_pipeline.create(config, experiment.clock)
+    workdir.create(config, experiment.plan, directory)
     with (
         contextlib.closing(metrics.MetricsWriter(directory)) as writer,
         contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer,
@@ -110,276 +103,3 @@ def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -
         run = Run(experiment, pipeline, writer, checkpointer, state, host)
         with run.display:
             yield run
-
-
-@dataclasses.dataclass(frozen=True)
-class InFlight:
-    """An update that was dispatched and whose sums have not been read; ``step`` counts from 1."""
-
-    step: int
-    update: schedules.Update
-    learning_rate: float
-    sums: dict[str, jax.Array]
-
-
-class Run:
-    """What the loop carries from one update to the next, and the effects at its edges.
-
-    The train state is on the devices; all else that a continued run needs is in ``host_state``.
-    """
-
-    def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host=None):
-        host = host or {
-            'policy': experiment.policy.initial_state(),
-            'decision': None,
-            'stage': -1,
-            'batch_size': 0,
-            'window': {},
-            'observed': {},
-            'evaluation': None,
-            'best_accuracy': 0.0,
-            'seconds': {'wall': 0.0, 'train': 0.0, 'compile': 0.0},
-        }
-        self.experiment, self.clock = experiment, experiment.clock
-        self.pipeline, self.writer, self.checkpointer = pipeline, writer, checkpointer
-        self.state: train_state.TrainState = state
-        self.step = int(state.step)  # updates dispatched
-        self.examples_seen = self.previous = int(state.examples_seen)
-        self.policy_state: policies.State = host['policy']
-        self.stage: int = host['stage']
-        self.batch_size: int = host['batch_size']  # of that stage
-        self.window: dict[str, float] = host['window']  # sums since the last train record
-        self.observed: dict[str, Any] = host['observed']  # the last update whose sums were read
-        self.evaluation: dict[str, Any] | None = host['evaluation']
-        self.best_accuracy: float = host['best_accuracy']
-        self.seconds: dict[str, float] = host['seconds']
-        self.began = time.perf_counter() - self.seconds['wall']
-        self.mark = time.perf_counter()  # end of the last update, or of a pause after it
-        self.step_fn: Callable | None = None
-        self.batches: Iterator[Any] = iter(())
-        self.in_flight: InFlight | None = None
-        self.decision = host['decision'] and policies.Decision(**host['decision'])
-        self.upcoming: schedules.Update | None = None
-        self.decide(self.decision)
-        self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
-
-    @property
-    def epoch(self) -> float:
-        return self.clock.epoch(self.examples_seen)
-
-    def is_due(self, every_epochs: float) -> bool:
-        """Whether the latest update has passed a multiple of an interval."""
-        interval = max(1, self.clock.examples(every_epochs))
-        return self.examples_seen // interval > self.previous // interval
-
-    def record(self, kind: str, step: int, examples_seen: int, **fields: Any) -> None:
-        """Writes a record of a kind at a position of the run."""
-        self.writer.write(
-            kind,
-            step=step,
-            epoch=self.clock.epoch(examples_seen),
-            examples_seen=examples_seen,
-            time=time.perf_counter() - self.began,
-            **fields,
-        )
-
-    def host_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the train state, in JSON types.
-
-        The decision for the next update is part of it: it was taken one observation behind, and a
-        continued run must not take it again with what has been observed since.
-        """
-        return {
-            'policy': self.policy_state,
-            'decision': dataclasses.asdict(self.decision),
-            'stage': self.stage,
-            'batch_size': self.batch_size,
-            'window': self.window,
-            'observed': self.observed,
-            'evaluation': self.evaluation,
-            'best_accuracy': self.best_accuracy,
-            'seconds': self.seconds | {'wall': time.perf_counter() - self.began},
-        }
-
-    # ---------------------------------------------------------------------------- each update
-
-    def decide(self, decision: policies.Decision | None = None) -> None:
-        """Chooses the next update; ``decision`` is one that was taken before the run stopped."""
-
-        def batch_size_at(examples_seen: int) -> int:
-            self.decision = decision or self.experiment.policy.decide(
-                self.policy_state, examples_seen
-            )
-            return self.decision.batch_size
-
-        self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
-
-    def learning_rate(self, update: schedules.Update) -> float:
-        return self.experiment.learning_rate(self.clock.epoch(update.start), update.batch_size)
-
-    def dispatch(self) -> InFlight:
-        """Starts the next update on the devices, without waiting for it."""
-        update = self.upcoming
-        rate = self.learning_rate(update)
-        self.state, sums = self.step_fn(
-            self.state, next(self.batches), np.float32(rate), np.uint32(update.end)
-        )
-        self.step += 1
-        self.previous, self.examples_seen = self.examples_seen, update.end
-        return InFlight(self.step, update, rate, sums)
-
-    def observe(self) -> None:
-        """Waits for the update in flight, if there is one, and takes in its sums."""
-        if self.in_flight is None:
-            return
-        flight, self.in_flight = self.in_flight, None
-        sums = jax.device_get(flight.sums)
-        now = time.perf_counter()
-        seconds, self.mark = now - self.mark, now
-        self.seconds['train'] += seconds
-        self.window = metrics.add_sums(self.window, {**sums, 'seconds': seconds})
-        loss = metrics.mean_metrics(sums)['loss']
-        if not math.isfinite(loss):
-            raise Diverged(
-                f'training diverged: loss {loss} at update {flight.step}, stage {self.stage}, batch '
-                f'size {flight.update.batch_size}, learning rate {flight.learning_rate:.6g}'
-            )
-        self.policy_state = self.experiment.policy.observe(
-            self.policy_state,
-            policies.Observation(
-                self.clock.epoch(flight.update.start),
-                flight.update.batch_size,
-                flight.learning_rate,
-                float(loss),
-            ),
-        )
-        self.observed = {
-            'step': flight.step,
-            'examples_seen': flight.update.end,
-            'learning_rate': flight.learning_rate,
-        }
-        if flight.step % self.experiment.config.log_every_steps == 0:
-            self.write_window()
-
-    # ------------------------------------------------------------------- between the updates
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Lets the update in flight end, and keeps what follows out of the training time."""
-        self.observe()
-        yield
-        self.mark = time.perf_counter()
-
-    def enter_stage(self) -> None:
-        """Switches to the batch size of the next update: its compiled step and its batches."""
-        update, decision = self.upcoming, self.decision
-        with self.paused():
-            self.write_window()
-            waiting_since = time.perf_counter()
-            continues = update.batch_size == self.batch_size
-            spec = self.experiment.train_spec(update.batch_size)
-            self.step_fn = steps.CACHE.get(spec)
-            batches = distributed.put_ahead(
-                {'image': batch['image'], 'label': batch['label']}
-                for batch in self.pipeline.train_batches(update.start, update.batch_size)
-            )
-            self.batches = itertools.chain([next(batches)], batches)
-            stall_seconds = time.perf_counter() - waiting_since
-        self.batch_size = update.batch_size
-        self.stage += not continues
-        self.seconds['compile'] += self.step_fn.compile_seconds
-        share = update.batch_size // self.experiment.plan.num_devices
-        self.record(
-            'stage',
-            self.step,
-            self.examples_seen,
-            stage=self.stage,
-            batch_size=update.batch_size,
-            microbatch_size=share // spec.num_microbatches,
-            num_microbatches=spec.num_microbatches,
-            learning_rate=self.learning_rate(update),
-            compile_seconds=self.step_fn.compile_seconds,
-            stall_seconds=stall_seconds,
-            cache_hit=self.step_fn.cache_hit,
-            memory_bytes=self.step_fn.memory_bytes,
-            reason=f'continued: {decision.reason}' if continues else decision.reason,
-        )
-        self.display.say(
-            f'epoch {self.epoch:.4g}: stage {self.stage}, batch size {update.batch_size}, learning '
-            f'rate {self.learning_rate(update):.5g} ({decision.reason})'
-        )
-        if self.experiment.config.compile.precompile:
-            self.precompile()
-
-    def precompile(self) -> None:
-        """Starts compiling what comes after this stage, in the order in which it is needed."""
-        experiment = self.experiment
-        steps.CACHE.precompile(experiment.eval_spec)
-        if experiment.policy.planned:
-            later = [t.batch_size for t in experiment.policy.transitions
-                     if t.examples_seen > self.examples_seen]  # fmt: skip
-        else:
-            later = [size for size in experiment.policy.ladder if size > self.batch_size][:1]
-        for size in later:
-            steps.CACHE.precompile(experiment.train_spec(size))
-
-    def write_window(self) -> None:
-        """Writes the ``train`` record of the updates since the last one, and shows it."""
-        if not self.window:
-            return
-        sums, self.window = self.window, {}
-        fields = {
-            'batch_size': self.batch_size,
-            'learning_rate': self.observed['learning_rate'],
-            'loss': sums['loss'] / sums['count'],
-            'examples_per_second': sums['count'] / sums['seconds'],
-        }
-        self.record(
-            'train',
-            self.observed['step'],
-            self.observed['examples_seen'],
-            stage=self.stage,
-            accuracy=sums['correct'] / sums['count'],
-            **fields,
-        )
-        self.display.update(self.observed['examples_seen'], **fields)
-
-    def evaluate(self) -> None:
-        """Evaluates the current state and writes the ``eval`` record."""
-        with self.paused():
-            result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
-        self.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
-        self.best_accuracy = max(self.best_accuracy, result['accuracy'])
-        split = self.experiment.config.dataset.eval_split
-        self.record('eval', self.step, self.examples_seen, split=split, **result)
-        self.display.say(
-            f'epoch {self.epoch:.4g}: {split} loss {result["loss"]:.4f}, accuracy '
-            f'{result["accuracy"]:.2%}'
-        )
-
-    def save(self) -> None:
-        """Begins to save a checkpoint; training goes on while it is written."""
-        with self.paused():
-            evaluated = self.evaluation is not None and self.evaluation['step'] == self.step
-            scores = {'accuracy': self.evaluation['accuracy']} if evaluated else None
-            self.checkpointer.save(self.step, self.state, self.host_state(), scores)
-
-    def finish(self) -> dict[str, Any]:
-        """Evaluates and saves the end of the run unless that was done, and writes the summary."""
-        with self.paused():
-            self.write_window()
-        if self.evaluation is None or self.evaluation['step'] != self.step:
-            self.evaluate()
-        self.save()
-        summary = {
-            'updates': self.step,
-            'wall_seconds': time.perf_counter() - self.began,
-            'train_seconds': self.seconds['train'],
-            'compile_seconds': self.seconds['compile'],
-            'final_accuracy': self.evaluation['accuracy'],
-            'best_accuracy': self.best_accuracy,
-            'params_digest': train_state.params_digest(self.state),
-        }
-        self.checkpointer.close()
-        self.record('summary', self.step, self.examples_seen, **summary)
-        return summary

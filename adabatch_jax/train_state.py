@@ -112,9 +112,7 @@ def params_digest(state: TrainState) -> str:
     (little-endian, row-major).
     """
     digest = hashlib.sha256()
-    leaves, _ = jax.tree.flatten_with_path(
-        {'params': state.params, 'batch_stats': state.batch_stats}
-    )
+    leaves, _ = jax.tree.flatten_with_path({'params': state.params, 'batch_stats': state.batch_stats})
     named = sorted((jax.tree_util.keystr(path, simple=True, separator='/'), x) for path, x in leaves)
     for path, leaf in named:
         array = np.asarray(leaf)

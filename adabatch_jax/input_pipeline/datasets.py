@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import re
+import socket
+import urllib.request
 from collections.abc import Callable
 
 import numpy as np
@@ -166,6 +168,26 @@ def _tfds_sizes(folder: pathlib.Path) -> dict[str, int]:
     return {split['name']: sum(map(int, split['shardLengths'])) for split in splits}
 
 
+def _download(builder, name: str, data_dir: pathlib.Path, given: bool) -> None:
+    """Downloads into TFDS's default folder; a folder that was given is read only.
+
+    TFDS itself tries for minutes where no name can be resolved.
+    """
+    cause = 'nothing is downloaded into a folder that was given'
+    if not given:
+        try:
+            if not urllib.request.getproxies():
+                socket.getaddrinfo('storage.googleapis.com', 443)
+            return builder.download_and_prepare()
+        except Exception as error:  # no network, no space, a changed address: many kinds
+            cause = f'the download failed with {type(error).__name__}: {error}'
+    raise FileNotFoundError(
+        f'data set {name}: not found in {str(data_dir)!r}, and {cause[:200]}; run "tfds build {name} '
+        '--data_dir=DIR" on a machine with a network and set dataset.data_dir=DIR, which then holds '
+        f'{name}/'
+    )
+
+
 def _tfds_source(dataset, seed: int) -> _Source:
     name = dataset.name
     shape, mean, std, (num_train, num_test), num_classes = _TFDS[name]
@@ -178,15 +200,7 @@ def _tfds_source(dataset, seed: int) -> _Source:
 
         builder = tfds.builder(name, data_dir=data_dir)
         if not builder.is_prepared():
-            try:
-                builder.download_and_prepare()
-            except Exception as error:  # no network, no space, a changed address: many kinds
-                reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error)
-                raise FileNotFoundError(
-                    f'data set {name}: not in {str(data_dir)!r}, and it could not be downloaded '
-                    f'({reason}); set dataset.data_dir to a folder that holds {name}/, or run '
-                    f'"tfds build {name}" on a machine with a network and copy ~/tensorflow_datasets'
-                ) from error
+            _download(builder, name, data_dir, given=bool(dataset.data_dir))
         parts = tfds.as_numpy(builder.as_dataset(split=split, batch_size=1000, shuffle_files=False))
         parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

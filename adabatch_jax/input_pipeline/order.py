@@ -13,9 +13,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
-def examples_at(
-    seed: int, num_examples: int, start: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def examples_at(seed: int, num_examples: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The ``count`` examples from position ``start`` of the stream of epochs on.
 
     Returns:

@@ -41,7 +41,5 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
       ValueError: an unknown name, or settings with which the policy could not do its work.
     """
     if config.batch.policy not in POLICIES:
-        raise ValueError(
-            f'policy: got {config.batch.policy!r}; accepted: {", ".join(sorted(POLICIES))}'
-        )
+        raise ValueError(f'policy: got {config.batch.policy!r}; accepted: {", ".join(sorted(POLICIES))}')
     return POLICIES[config.batch.policy](config, rate, clock)

@@ -30,13 +30,9 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
             f'increase_dont_decay: got coupling {rate.coupling!r}; needs linear, which holds the '
             'learning rate up while the effective rate decays'
         )
-    epochs = decay_events(
-        learning_rate.decay_epochs, learning_rate.decay_at_epochs, clock.num_epochs
-    )
+    epochs = decay_events(learning_rate.decay_epochs, learning_rate.decay_at_epochs, clock.num_epochs)
     events = [e for e in map(clock.examples, epochs) if e < clock.total_examples]
-    transitions = grow_at(
-        clock, batch.base_size, 1 / learning_rate.decay_factor, events, batch.max_size
-    )
+    transitions = grow_at(clock, batch.base_size, 1 / learning_rate.decay_factor, events, batch.max_size)
     if events:
         check_grows([t.batch_size for t in transitions], batch)
     return PlannedPolicy(transitions)

@@ -1,0 +1,121 @@
+"""The effective learning rate over epochs, and its coupling to the batch size."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+COUPLINGS = {'linear': 1.0, 'sqrt': 0.5, 'none': 0.0}
+
+
+def step_schedule(value: float, decay_factor: float, epochs: Iterable[float]) -> optax.Schedule:
+    """``value`` times ``decay_factor`` for every one of ``epochs`` that has passed."""
+    return optax.piecewise_constant_schedule(value, dict.fromkeys(epochs, decay_factor))
+
+
+def decay_events(every: float, at: Iterable[float], num_epochs: float) -> tuple[float, ...]:
+    """The epochs, inside the run, at which a step schedule decays."""
+    at = tuple(float(epoch) for epoch in at)
+    if at:
+        if any(b <= a for a, b in zip((0.0, *at), at, strict=False)):
+            raise ValueError(f'decay_at_epochs: got {at}; needs rising positive epochs')
+        return at
+    if every <= 0:
+        raise ValueError(f'decay_epochs: got {every}; needs a positive number of epochs')
+    return tuple(every * k for k in range(1, math.ceil(num_epochs / every)))
+
+
+def effective_schedule(rate, num_epochs: float) -> optax.Schedule:
+    """The effective learning rate over epochs that ``config.learning_rate`` describes.
+
+    Linear warm-up is a factor that rises from ``warmup_initial`` to 1 over ``warmup_epochs``; the
+    decays of a step schedule stay where they are (Goyal et al., 2017, section 2.2), a cosine or
+    polynomial decay begins when warm-up ends and reaches 0 at the end of the run.
+
+    Args:
+      rate: an object with the keys of ``config.learning_rate`` as attributes.
+      num_epochs: length of the run.
+    """
+    warmup = rate.warmup_epochs
+    if not 0 <= warmup < num_epochs:
+        raise ValueError(
+            f'warmup_epochs: got {warmup:g}; accepted: from 0 to below num_epochs ({num_epochs:g})'
+        )
+    value, decay_length = rate.effective, num_epochs - warmup
+    if rate.schedule == 'constant':
+        schedule = optax.constant_schedule(value)
+    elif rate.schedule == 'step':
+        events = decay_events(rate.decay_epochs, rate.decay_at_epochs, num_epochs)
+        schedule = step_schedule(value, rate.decay_factor, events)
+    elif rate.schedule == 'cosine':
+        cosine = optax.cosine_decay_schedule(value, decay_length)
+        schedule = lambda epoch: cosine(jnp.maximum(epoch - warmup, 0))  # noqa: E731
+    elif rate.schedule == 'polynomial':
+        schedule = optax.polynomial_schedule(value, 0.0, rate.power, decay_length, warmup)
+    else:
+        raise ValueError(
+            f'schedule: got {rate.schedule!r}; accepted: constant, step, cosine, polynomial'
+        )
+    if warmup == 0:
+        return schedule
+    ramp = optax.linear_schedule(rate.warmup_initial, 1.0, warmup)
+    return lambda epoch: schedule(epoch) * ramp(epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate:
+    """``effective(epoch) * (batch_size / reference_batch_size) ** p``.
+
+    Attributes:
+      effective: optax schedule over training progress in epochs: the learning rate at the
+        reference batch size. Never over the step count, since a step is worth a different amount
+        of data in each stage.
+      coupling: ``'linear'`` (p = 1), ``'sqrt'`` (p = 1/2) or ``'none'`` (p = 0).
+      reference_batch_size: the batch size for which the effective rate is stated.
+    """
+
+    effective: optax.Schedule
+    coupling: str = 'linear'
+    reference_batch_size: int = 128
+
+    def __post_init__(self):
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f'coupling: got {self.coupling!r}; accepted: {", ".join(COUPLINGS)}')
+        if self.reference_batch_size < 1:
+            raise ValueError(f'reference_batch_size: got {self.reference_batch_size}; needs >= 1')
+
+    def __call__(self, epoch, batch_size):
+        """Learning rate of an update that starts at ``epoch``; numbers or arrays, in float64."""
+        scale = (np.asarray(batch_size) / self.reference_batch_size) ** COUPLINGS[self.coupling]
+        rate = self.effective_at(epoch) * scale
+        return rate if np.ndim(rate) else float(rate)
+
+    def effective_at(self, epoch) -> np.ndarray:
+        """The effective rate at an epoch or an array of epochs, in float64.
+
+        Worked out on the host in double precision: in float32 the last update before a decay
+        at epoch 60 of ImageNet would round to the decay, and the question would queue behind the
+        training step on an accelerator.
+        """
+        with jax.enable_x64(True), jax.default_device(_host_device()):
+            return np.asarray(self._compiled(np.asarray(epoch, np.float64)))
+
+    def __reduce__(self):  # the compiled schedule is rebuilt, not copied
+        return LearningRate, (self.effective, self.coupling, self.reference_batch_size)
+
+    @property
+    def _compiled(self):
+        if '_jitted' not in self.__dict__:
+            object.__setattr__(self, '_jitted', jax.jit(self.effective))
+        return self.__dict__['_jitted']
+
+
+def _host_device():
+    try:
+        return jax.local_devices(backend='cpu')[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return None

@@ -1,0 +1,191 @@
+"""Plans: every stage of a run, worked out before its first update."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adabatch_jax.schedules.clock import Clock, Update
+from adabatch_jax.schedules.learning_rate import LearningRate
+from adabatch_jax.schedules.transitions import Transition, check_transitions
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A run of consecutive updates with one batch size.
+
+    ``start`` and ``end`` are the clock (examples seen) before the first and after the last update;
+    ``first_update`` counts the updates of the stages before it. The learning rates are those of
+    the first and of the last update.
+    """
+
+    index: int
+    batch_size: int
+    microbatch_size: int
+    num_microbatches: int
+    start: int
+    end: int
+    first_update: int
+    num_updates: int
+    learning_rate_start: float
+    learning_rate_end: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every stage of a run, worked out before its first update.
+
+    Attributes:
+      clock: the run's length and data.
+      learning_rate: the coupling rule.
+      stages: in order. Where ``planned`` is false they are what would follow without a decision.
+      num_devices: devices over all processes.
+      ladder: sorted batch sizes that the run may use.
+      planned: whether the policy's stages are all known in advance.
+    """
+
+    clock: Clock
+    learning_rate: LearningRate
+    stages: tuple[Stage, ...]
+    num_devices: int
+    ladder: tuple[int, ...]
+    planned: bool
+
+    @property
+    def num_updates(self) -> int:
+        return sum(stage.num_updates for stage in self.stages)
+
+    def updates(self) -> Iterator[Update]:
+        """Every update in order."""
+        for stage in self.stages:
+            updates = self.clock.updates(stage.start, stage.batch_size)
+            for _, update in zip(range(stage.num_updates), updates, strict=False):
+                yield update
+
+    def learning_rate_schedule(self) -> optax.Schedule:
+        """The plan's learning rates as an optax schedule over the update count, for any optimizer.
+
+        A table with one float32 for each update; past the end it stays at the last value.
+        """
+        updates = list(self.updates())
+        epochs = np.array([self.clock.epoch(update.start) for update in updates])
+        sizes = np.array([update.batch_size for update in updates])
+        table = np.asarray(self.learning_rate(epochs, sizes), np.float32)
+        return lambda count: jnp.asarray(table)[jnp.clip(count, 0, len(table) - 1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain types, as ``plan.json`` holds it."""
+        clock = self.clock
+        stages = []
+        for stage in self.stages:
+            epochs = {
+                'start_epoch': clock.epoch(stage.start),
+                'end_epoch': clock.epoch(stage.end),
+            }
+            stages.append({**dataclasses.asdict(stage), **epochs})
+        return {
+            'num_examples': clock.num_examples,
+            'num_epochs': clock.num_epochs,
+            'remainder': clock.remainder,
+            'num_devices': self.num_devices,
+            'coupling': self.learning_rate.coupling,
+            'reference_batch_size': self.learning_rate.reference_batch_size,
+            'planned': self.planned,
+            'ladder': list(self.ladder),
+            'num_updates': self.num_updates,
+            'stages': stages,
+        }
+
+
+def split_batch(batch_size: int, num_devices: int, max_per_device: int = 0) -> tuple[int, int]:
+    """Returns ``(microbatch_size, num_microbatches)``: the fewest equal microbatches that fit.
+
+    Args:
+      batch_size: examples per update over all devices.
+      num_devices: devices over all processes.
+      max_per_device: largest microbatch of one device; 0 for no limit.
+    """
+    if batch_size < 1:
+        raise ValueError(f'batch size: got {batch_size}; needs at least 1')
+    if batch_size % num_devices:
+        raise ValueError(
+            f'batch size {batch_size} does not divide evenly over {num_devices} devices; '
+            f'use a multiple of {num_devices}'
+        )
+    per_device = batch_size // num_devices
+    num_microbatches = 1
+    if max_per_device:
+        smallest = math.ceil(per_device / max_per_device)
+        num_microbatches = next(n for n in range(smallest, per_device + 1) if per_device % n == 0)
+    return per_device // num_microbatches, num_microbatches
+
+
+def make_plan(
+    clock: Clock,
+    transitions: Iterable[Transition],
+    learning_rate: LearningRate,
+    *,
+    num_devices: int = 1,
+    max_per_device: int = 0,
+    ladder: Iterable[int] = (),
+    planned: bool = True,
+) -> Plan:
+    """Works out every stage of a run and refuses what would fail later in it.
+
+    Args:
+      clock: the run's length and data.
+      transitions: where batch sizes begin, in order, the first at 0 examples.
+      learning_rate: the coupling rule.
+      num_devices: devices over all processes.
+      max_per_device: largest microbatch of one device; 0 for no limit.
+      ladder: further batch sizes that decisions during the run may choose.
+      planned: whether ``transitions`` are all there will be.
+
+    Raises:
+      ValueError: stages out of order, or a batch size that exceeds the data set or does not divide
+        evenly over the devices.
+    """
+    transitions = check_transitions(transitions)
+    sizes = sorted({*ladder, *(t.batch_size for t in transitions)})
+    for size in sizes:
+        split_batch(size, num_devices, max_per_device)
+        if size > clock.num_examples:
+            raise ValueError(
+                f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
+                'set batch.max_size or choose fewer growth steps'
+            )
+    stages = []
+    position = count = 0
+    stops = [min(t.examples_seen, clock.total_examples) for t in transitions[1:]]
+    for transition, stop in zip(transitions, [*stops, clock.total_examples], strict=True):
+        size = transition.batch_size
+        start = clock.update_at(position, size).start
+        num_updates, last = clock.updates_before(start, stop, size)
+        if last is None:  # no update begins in it
+            if position < stop:  # its batch does not fit into what is left of the epoch
+                position = start
+            continue
+        microbatch_size, num_microbatches = split_batch(size, num_devices, max_per_device)
+        stages.append(
+            Stage(
+                index=len(stages),
+                batch_size=size,
+                microbatch_size=microbatch_size,
+                num_microbatches=num_microbatches,
+                start=start,
+                end=last.end,
+                first_update=count,
+                num_updates=num_updates,
+                learning_rate_start=learning_rate(clock.epoch(start), size),
+                learning_rate_end=learning_rate(clock.epoch(last.start), size),
+                reason=transition.reason,
+            )
+        )
+        count += num_updates
+        position = last.end
+    return Plan(clock, learning_rate, tuple(stages), num_devices, tuple(sizes), planned)

@@ -1,0 +1,187 @@
+"""Each policy's batch sizes against numbers worked by hand."""
+
+import pytest
+
+from adabatch_jax import policies, schedules
+from adabatch_jax.config import default_config
+from adabatch_jax.policies import Observation
+from adabatch_jax.policies.friedlander_schmidt import next_sample
+
+
+def make(num_examples=50_000, remainder='drop', **changes):
+    config = default_config()
+    config.dataset.remainder = remainder
+    config.learning_rate.decay_epochs = 20.0
+    config.update_from_flattened_dict(changes)
+    clock = schedules.Clock(num_examples, config.num_epochs, config.dataset.remainder)
+    rate = schedules.LearningRate(
+        schedules.effective_schedule(config.learning_rate, config.num_epochs),
+        config.learning_rate.coupling,
+        config.learning_rate.reference_batch_size,
+    )
+    policy = policies.create(config, rate, clock)
+    plan = schedules.make_plan(clock, policy.transitions, rate, ladder=policy.ladder)
+    return policy, plan
+
+
+def sizes(plan):
+    return [(plan.clock.epoch(s.start), s.batch_size) for s in plan.stages]
+
+
+def test_fixed_has_one_stage():
+    assert sizes(make(**{'batch.policy': 'fixed'})[1]) == [(0, 128)]
+
+
+def test_adabatch_doubles_every_interval_up_to_its_ceiling():
+    _, plan = make(**{'batch.max_size': 1024})
+    assert sizes(plan) == [(0, 128), (20, 256), (40, 512), (60, 1024)]
+
+
+def test_adabatch_rounds_its_growth_down():
+    _, plan = make(**{'batch.base_size': 5, 'batch.growth_factor': 1.5})
+    assert [size for _, size in sizes(plan)] == [5, 7, 10, 15, 22]
+
+
+def test_adabatch_at_its_ceiling_leaves_the_decay_to_the_learning_rate():
+    _, plan = make(**{'batch.max_size': 256})
+    assert plan.stages[-1].learning_rate_end == pytest.approx(0.01 * 2 * 0.375**4)
+
+
+def test_growth_past_the_ceiling_with_nothing_to_do_is_refused():
+    with pytest.raises(ValueError, match='growth at epoch 80 has nothing to do'):
+        make(**{'batch.max_size': 1024, 'learning_rate.schedule': 'constant'})
+    with pytest.raises(ValueError, match='the batch never grows'):
+        make(**{'batch.max_size': 128})
+
+
+def test_growth_past_the_data_set_is_refused():
+    with pytest.raises(ValueError, match='batch size 1024 is larger than the data set'):
+        make(num_examples=1000)
+
+
+def test_listed_stages_may_grow_and_shrink():
+    stages = ((0, 128), (10.5, 512), (20, 64))
+    _, plan = make(**{'batch.policy': 'stages', 'batch.stages': stages, 'dataset.remainder': 'carry'})
+    assert [s.batch_size for s in plan.stages] == [128, 512, 64]
+    assert [s.start for s in plan.stages] == [0, 525_056, 1_000_192]
+
+
+@pytest.mark.parametrize(
+    'stages, message',
+    [
+        ((), 'start at epoch 0'),
+        (((1, 8),), 'start at epoch 0'),
+        (((0, 8), (5, 16), (5, 32)), 'out of order'),
+        (((0, 8), (5, 16), (2, 32)), 'out of order'),
+        (((0, 8), (100, 16)), 'outside the run'),
+        (((0, -8),), 'positive whole batch size'),
+        (((0, 8.5),), 'positive whole batch size'),
+        ((7,), 'accepted: \\(start epoch, batch size\\)'),
+    ],
+)
+def test_malformed_lists_of_stages_are_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{'batch.policy': 'stages', 'batch.stages': stages})
+
+
+def smith(**changes):
+    protocol = {
+        'batch.policy': 'increase_dont_decay',
+        'num_epochs': 200.0,
+        'learning_rate.effective': 0.1,
+        'learning_rate.decay_factor': 0.2,
+        'learning_rate.decay_at_epochs': (60, 120, 160),
+        'dataset.remainder': 'carry',
+    }
+    return make(**(protocol | changes))[1]
+
+
+def test_increase_dont_decay_holds_the_rate_and_grows_at_the_decay_epochs():
+    plan = smith()
+    assert [s.batch_size for s in plan.stages] == [128, 640, 3200, 16000]
+    rates = [r for s in plan.stages for r in (s.learning_rate_start, s.learning_rate_end)]
+    assert rates == pytest.approx([0.1] * 8)
+
+
+def test_increase_dont_decay_decays_again_at_the_ceiling():
+    plan = smith(**{'batch.max_size': 640})
+    assert [s.batch_size for s in plan.stages] == [128, 640]
+    assert plan.stages[1].learning_rate_start == pytest.approx(0.1)
+    assert plan.stages[1].learning_rate_end == pytest.approx(0.1 * 0.2 * 0.2)
+    partly = smith(**{'batch.max_size': 320})
+    assert partly.stages[1].learning_rate_start == pytest.approx(0.1 * 2.5 * 0.2)
+
+
+def test_increase_dont_decay_needs_a_schedule_that_decays():
+    with pytest.raises(ValueError, match='needs learning_rate.schedule step'):
+        smith(**{'learning_rate.schedule': 'cosine'})
+    with pytest.raises(ValueError, match='needs linear'):
+        smith(**{'learning_rate.coupling': 'none'})
+
+
+def test_friedlander_schmidt_samples_grow_in_exact_arithmetic():
+    samples = [1]
+    while len(samples) < 15:
+        samples.append(next_sample(samples[-1], 1.1, 10_000))
+    assert samples == [1, 3, 5, 7, 9, 11, 14, 17, 20, 23, 27, 31, 36, 41, 47]
+    assert [next_sample(b, 1.1, 10_000) for b in (50, 90, 100, 110)] == [56, 100, 111, 122]
+    assert next_sample(500, 1.1, 512) == 512
+
+
+def test_friedlander_schmidt_uses_the_rung_at_or_above_the_sample():
+    _, plan = make(
+        num_examples=1000,
+        **{'batch.policy': 'friedlander_schmidt', 'batch.base_size': 1, 'batch.max_size': 32},
+    )
+    # Samples 1, 3, 5, 7, 9, 11, 14, 17, ...: one update of 1 and of 4, two of 8, three of 16.
+    assert [(s.batch_size, s.num_updates) for s in plan.stages[:4]] == [(1, 1), (4, 1), (8, 2), (16, 3)]
+    assert plan.stages[4].batch_size == 32 and len(plan.stages) == 5
+
+
+def plateau(losses_by_epoch, patience=2, batch_size=4):
+    policy, _ = make(
+        num_examples=8,
+        **{
+            'batch.policy': 'plateau',
+            'batch.base_size': batch_size,
+            'batch.max_size': 8,
+            'batch.patience_epochs': patience,
+        },
+    )
+    state, chosen = policy.initial_state(), []
+    for epoch, losses in enumerate(losses_by_epoch):
+        for k, loss in enumerate(losses):
+            state = policy.observe(state, Observation(epoch + k / len(losses), 4, 0.1, loss))
+        chosen.append(policy.decide(state, 8 * epoch).batch_size)
+    return chosen, policy.decide(state, 0).reason
+
+
+def test_plateau_keeps_the_batch_while_the_loss_falls():
+    assert plateau([[8], [4], [2], [1], [0.5]])[0] == [4] * 5
+
+
+def test_plateau_grows_after_its_patience_and_says_why():
+    chosen, reason = plateau([[2], [1], [1], [0.999], [1]])
+    assert chosen == [4, 4, 4, 4, 8]
+    assert 'for 2 epochs' in reason and 'on 1' in reason
+
+
+def test_plateau_judges_the_mean_over_the_epoch():
+    assert plateau([[3, 1], [1, 3], [4, 0], [2, 2]])[0] == [4, 4, 4, 8]
+
+
+def test_plateau_stays_at_the_top_of_its_ladder():
+    assert plateau([[1]] * 12, patience=1)[0][-1] == 8
+
+
+def test_plateau_state_is_plain_json():
+    import json
+
+    policy, _ = make(**{'batch.policy': 'plateau', 'batch.max_size': 512})
+    state = policy.observe(policy.initial_state(), Observation(0.0, 128, 0.1, 2.5))
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_unknown_policy_lists_what_exists():
+    with pytest.raises(ValueError, match="got 'adabtach'; accepted: adabatch, fixed"):
+        make(**{'batch.policy': 'adabtach'})
