@@ -180,9 +180,10 @@ class Run:
         """Switches to the batch size of the next update: its compiled step and its batches."""
         update, decision = self.upcoming, self.decision
         with self.paused():
-            self.write_window()
+            continues = update.batch_size == self.batch_size  # entered before the run was stopped
+            if not continues:
+                self.write_window()
             waiting_since = time.perf_counter()
-            continues = update.batch_size == self.batch_size
             spec = self.experiment.train_spec(update.batch_size)
             self.step_fn = steps.CACHE.get(spec)
             batches = distributed.put_ahead(

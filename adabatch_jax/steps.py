@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jaxlib
 import optax
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 from adabatch_jax import train_state
 from adabatch_jax.train_state import TrainState
@@ -315,3 +316,4 @@ def enable_persistent_cache(directory: str) -> None:
     jax.config.update('jax_compilation_cache_dir', directory)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    compilation_cache.reset_cache()  # it may have been opened elsewhere, by an earlier compilation

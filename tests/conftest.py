@@ -1,4 +1,4 @@
-"""Two virtual CPU devices for every test, and small runs to look at."""
+"""Two virtual CPU devices for every test, and the command line in a process of its own."""
 
 import os
 
@@ -11,8 +11,6 @@ import sys
 
 import jax
 import pytest
-
-from adabatch_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,38 +26,19 @@ def private_compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_config():
-    """A run of a second or two: 128 made images, batch 8 doubling to 32 over three epochs."""
-    config = default_config()
-    config.num_epochs = 3.0
-    config.log_every_steps = 4
-    config.model.name = 'resnet8'
-    config.dataset.name = 'synthetic'
-    config.dataset.num_examples = 100
-    config.dataset.image_size = 8
-    config.dataset.crop_padding = 1
-    config.dataset.eval_batch_size = 64
-    config.batch.base_size = 8
-    config.batch.growth_epochs = 1.0
-    config.learning_rate.effective = 0.02
-    config.learning_rate.reference_batch_size = 8
-    return config
-
-
-@pytest.fixture
 def command_line():
     """Runs ``python -m adabatch_jax.main`` in a process of its own."""
 
-    def run(*arguments, devices=2, module='adabatch_jax.main', **options):
-        environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
+    def run(*arguments, devices=2, module='adabatch_jax.main'):
+        start = [sys.executable] if module is None else [sys.executable, '-m', module]
         return subprocess.run(
-            [sys.executable, '-m', module, *map(str, arguments)],
+            [*start, *map(str, arguments)],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)},
             capture_output=True,
             text=True,
             timeout=300,
-            **options,
         )
 
+    run.root = ROOT
     return run

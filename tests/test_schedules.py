@@ -123,9 +123,7 @@ def test_plan_is_the_sequence_of_updates_that_the_loop_takes(
     remainder=st.sampled_from(['carry', 'drop']),
     sizes=st.lists(st.integers(1, 8), min_size=1, max_size=30),
 )
-def test_no_example_is_used_twice_in_an_epoch_whatever_the_batch_sizes(
-    num_examples, remainder, sizes
-):
+def test_no_example_is_used_twice_in_an_epoch_whatever_the_batch_sizes(num_examples, remainder, sizes):
     clock = Clock(num_examples, 100, remainder)
     position, used = 0, []
     for size in sizes:

@@ -1,0 +1,74 @@
+"""Which module may import which: small parts that work alone, effects at the edges."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / 'adabatch_jax'
+
+# For each room what it may import of ours, at the top of a module or inside a function.
+ALLOWED = {
+    'schedules': set(),
+    'optimizers': set(),
+    'models': set(),
+    'metrics': set(),
+    'checkpoint': set(),
+    'distributed': set(),
+    'config': set(),
+    'policies': {'schedules'},
+    'train_state': {'checkpoint'},
+    'steps': {'train_state', 'gradient_statistics', 'metrics'},
+    'input_pipeline': {'distributed'},
+    'terminal': {'schedules'},
+    'workdir': {'config', 'checkpoint', 'metrics', 'schedules'},
+    'experiment': {
+        'config', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules', 'steps',
+    },
+    'evaluate': {
+        'checkpoint', 'config', 'distributed', 'experiment', 'input_pipeline', 'metrics', 'steps',
+        'train_state',
+    },
+    'main': {'config', 'evaluate', 'metrics', 'terminal', 'train', 'workdir', 'distributed'},
+}  # fmt: skip
+EVERYTHING_BUT = {'train': {'main', 'report'}, 'run': {'main', 'report', 'train'}}
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def imported_rooms(path):
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == 'adabatch_jax':
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('adabatch_jax.'):
+            rooms.add(node.module.split('.')[1])
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split('.') for alias in node.names]
+            rooms |= {name[1] for name in names if name[0] == 'adabatch_jax' and len(name) > 1}
+    return rooms
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_stay_within_the_rules(path):
+    here = room(path)
+    imported = imported_rooms(path) - {here}
+    if here in EVERYTHING_BUT:
+        assert not imported & EVERYTHING_BUT[here]
+    elif here != '__init__':
+        assert imported <= ALLOWED[here]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_importing_the_package_does_not_import_tensorflow(command_line):
+    modules = ['main', 'train', 'train_state', 'schedules', 'models', 'steps', 'input_pipeline']
+    code = 'import sys\n' + ''.join(f'import adabatch_jax.{name}\n' for name in modules)
+    result = command_line('-c', f'{code}\nassert "tensorflow" not in sys.modules', module=None)
+    assert result.returncode == 0, result.stderr

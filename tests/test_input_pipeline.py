@@ -1,0 +1,277 @@
+"""Order, augmentation and batches, against NumPy and against what every example must see once."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adabatch_jax import input_pipeline, schedules
+from adabatch_jax.config import default_config, resolve
+from adabatch_jax.input_pipeline import datasets, order
+
+
+def make_pipeline(remainder='carry', augment='none', **changes):
+    config = default_config()
+    config.dataset.name = 'synthetic'
+    config.dataset.num_examples = 50
+    config.dataset.image_size = 8
+    config.dataset.augment = augment
+    config.dataset.crop_padding = 2
+    config.dataset.remainder = remainder
+    config.update_from_flattened_dict(changes)
+    config = resolve(config)
+    clock = schedules.Clock(
+        input_pipeline.dataset_info(config.dataset).num_train, 1000, config.dataset.remainder
+    )
+    return input_pipeline.create(config, clock), clock
+
+
+def take(pipeline, start, batch_size, count):
+    return list(itertools.islice(pipeline.train_batches(start, batch_size), count))
+
+
+def run_schedule(pipeline, clock, batches):
+    """Example ids of a run through stages of (batch size, number of updates), and its end."""
+    position, ids = 0, []
+    for batch_size, count in batches:
+        for batch in take(pipeline, position, batch_size, count):
+            update = clock.update_at(position, batch_size)
+            ids.append((update.start, batch['example']))
+            position = update.end
+    return ids, position
+
+
+SCHEDULES = [
+    [(8, 40)],
+    [(4, 25), (8, 12), (16, 15)],  # transitions inside an epoch
+    [(16, 5), (3, 20), (50, 3), (7, 9)],  # shrinks, a whole epoch, odd sizes
+]
+
+
+@pytest.mark.parametrize('batches', SCHEDULES)
+def test_carry_shows_every_example_once_per_epoch_over_any_schedule(batches):
+    pipeline, clock = make_pipeline('carry')
+    ids, end = run_schedule(pipeline, clock, batches)
+    stream = np.concatenate([i for _, i in ids])
+    assert len(stream) == end
+    for epoch in range(end // 50):
+        assert sorted(stream[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+
+
+@pytest.mark.parametrize('batches', SCHEDULES)
+def test_drop_shows_no_example_twice_in_an_epoch_over_any_schedule(batches):
+    pipeline, clock = make_pipeline('drop')
+    ids, end = run_schedule(pipeline, clock, batches)
+    seen = collections.defaultdict(list)
+    for start, examples in ids:
+        assert start // 50 == (start + len(examples) - 1) // 50, 'a batch crosses epochs'
+        seen[start // 50].extend(examples)
+    assert all(len(set(examples)) == len(examples) for examples in seen.values())
+    largest = max(size for size, _ in batches)
+    assert all(50 - len(seen[epoch]) < largest + 8 for epoch in range(end // 50))
+
+
+def test_a_change_of_batch_size_in_mid_epoch_keeps_the_order():
+    pipeline, _ = make_pipeline()
+    whole = np.concatenate([b['example'] for b in take(pipeline, 0, 10, 10)])
+    tail = np.concatenate([b['example'] for b in take(pipeline, 24, 4, 19)])
+    np.testing.assert_array_equal(whole[24:], tail)
+
+
+def test_epochs_differ_in_order_and_seeds_differ_in_order():
+    first, second = order.epoch_order(0, 0, 1000), order.epoch_order(0, 1, 1000)
+    assert (first != second).mean() > 0.9
+    assert (first != order.epoch_order(1, 0, 1000)).mean() > 0.9
+
+
+def test_augmentation_depends_on_the_example_and_epoch_not_on_the_batch():
+    pipeline, _ = make_pipeline(augment='pad_crop_flip')
+
+    def pixels(start, batch_size, count):
+        seen = {}
+        for k, batch in enumerate(take(pipeline, start, batch_size, count)):
+            for j, (example, image) in enumerate(zip(batch['example'], batch['image'], strict=True)):
+                seen[(start + k * batch_size + j) // 50, example] = image
+        return seen
+
+    small, large = pixels(0, 4, 25), pixels(0, 25, 4)
+    assert small.keys() == large.keys() and len(small) == 100
+    assert all(np.array_equal(small[key], large[key]) for key in small)
+    changed = [not np.array_equal(small[0, e], small[1, e]) for e in range(50)]
+    assert np.mean(changed) > 0.8
+
+
+def test_crop_and_flip_are_those_of_a_loop_over_padded_images():
+    pipeline, _ = make_pipeline(augment='pad_crop_flip')
+    config = default_config()
+    config.dataset.update(dict(name='synthetic', num_examples=50, image_size=8))
+    images, labels = datasets.load_split(config.dataset, 'train')
+    (batch,) = take(pipeline, 60, 20, 1)
+    examples, epochs = order.examples_at(0, 50, 60, 20)
+    offsets, mirrored = order.crop_and_flip(0, epochs, examples, 2, True)
+    assert mirrored.any() and not mirrored.all()
+    for k, example in enumerate(examples):
+        top, left = offsets[k]
+        expected = np.pad(images[example], [(2, 2), (2, 2), (0, 0)])[top : top + 8, left : left + 8]
+        expected = expected[:, ::-1] if mirrored[k] else expected
+        np.testing.assert_array_equal(batch['image'][k], expected)
+    np.testing.assert_array_equal(batch['label'], labels[examples])
+
+
+def test_random_draws_are_uniform_and_uncorrelated():
+    epochs, examples = np.divmod(np.arange(100_000), 1000)
+    bits = order.random_bits(3, epochs, examples, 3)
+    unit = bits / 2**32
+    # Means of 100,000 uniform draws deviate by 0.0009; bounds at five of those.
+    np.testing.assert_allclose(unit.mean(axis=0), 0.5, atol=5 * 12**-0.5 / 100_000**0.5)
+    assert np.abs(np.corrcoef(unit.T) - np.eye(3)).max() < 5 / 100_000**0.5
+    assert np.abs(np.corrcoef(unit[:-1, 0], unit[1:, 0])[0, 1]) < 5 / 100_000**0.5
+    assert np.abs(np.corrcoef(unit[:-1000, 0], unit[1000:, 0])[0, 1]) < 5 / 100_000**0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_eval=st.integers(1, 40), batch_size=st.integers(1, 24))
+def test_evaluation_counts_every_example_once(num_eval, batch_size):
+    pipeline, _ = make_pipeline(**{'dataset.eval_split': f'test[:{num_eval}]'})
+    images, labels = [], []
+    for batch in pipeline.eval_batches(batch_size):
+        assert batch['image'].shape == (batch_size, 8, 8, 3)
+        real = batch['mask'] == 1
+        images.append(batch['image'][real])
+        labels.append(batch['label'][real])
+    expected_images, expected_labels = pipeline._eval
+    assert len(expected_labels) == num_eval
+    np.testing.assert_array_equal(np.concatenate(images), expected_images)
+    np.testing.assert_array_equal(np.concatenate(labels), expected_labels)
+
+
+def test_digits_are_split_without_overlap():
+    config = default_config()
+    config.dataset.name = 'digits'
+    info = input_pipeline.dataset_info(config.dataset)
+    assert (info.num_train, info.num_eval, info.image_shape) == (1437, 360, (8, 8, 1))
+    images, labels = datasets.load_split(config.dataset, 'train')
+    assert images.dtype == np.uint8 and set(labels) == set(range(10))
+    np.testing.assert_allclose(images.mean(), info.mean[0], rtol=0.02)
+    np.testing.assert_allclose(images.std(), info.std[0], rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    'split, expected',
+    [
+        ('train', range(200)),
+        ('train[:20%]', range(40)),
+        ('train[50%:]', range(100, 200)),
+        ('train[10:-10]', range(10, 190)),
+        ('train[-5:]', range(195, 200)),
+    ],
+)
+def test_splits_are_sliced_by_number_and_percent(split, expected):
+    assert datasets.split_range(split, {'train': 200}) == expected
+
+
+@pytest.mark.parametrize('split', ['valid', 'train[5', 'train[20:10]', 'train[a:b]', '', 'train[:0%]'])
+def test_splits_that_are_not_there_are_refused(split):
+    with pytest.raises(ValueError, match='split: got'):
+        datasets.split_range(split, {'train': 200})
+
+
+def save_npz(folder, count=12, labels=None, **arrays):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(count, 6, 5, 3), dtype=np.uint8)
+    labels = np.arange(count) % 3 if labels is None else labels
+    for split in ('train', 'test'):
+        np.savez(folder / f'{split}.npz', **({'images': images, 'labels': labels} | arrays))
+    return images, labels
+
+
+def npz_config(folder):
+    config = default_config()
+    config.dataset.update(dict(name='npz', data_dir=str(folder)))
+    return config.dataset
+
+
+def test_npz_folder_gives_its_shape_moments_and_images(tmp_path):
+    images, labels = save_npz(tmp_path)
+    info = input_pipeline.dataset_info(npz_config(tmp_path))
+    assert (info.image_shape, info.num_classes, info.num_train) == ((6, 5, 3), 3, 12)
+    np.testing.assert_allclose(info.mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(info.std, images.std(axis=(0, 1, 2)), rtol=1e-9)
+    loaded = datasets.load_split(npz_config(tmp_path), 'test[:5]')
+    np.testing.assert_array_equal(loaded[0], images[:5])
+    np.testing.assert_array_equal(loaded[1], labels[:5])
+
+
+@pytest.mark.parametrize(
+    'arrays, message',
+    [
+        ({'images': np.zeros((12, 6, 5, 3))}, 'accepted: uint8'),
+        ({'labels': np.zeros(11, int)}, 'whole numbers from 0'),
+        ({'labels': np.full(12, -1)}, 'whole numbers from 0'),
+        ({'labels': np.array([{}] * 12, object)}, 'cannot read'),
+    ],
+)
+def test_npz_with_wrong_arrays_is_refused(tmp_path, arrays, message):
+    save_npz(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+
+
+def test_npz_that_is_missing_or_damaged_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no .npz file in'):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+    save_npz(tmp_path)
+    (tmp_path / 'train.npz').write_bytes((tmp_path / 'train.npz').read_bytes()[:300])
+    with pytest.raises(ValueError, match='cannot read .*train.npz'):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+
+
+def test_tfds_data_that_is_missing_names_the_folder_and_the_way_out(tmp_path):
+    config = default_config()
+    config.dataset.data_dir = str(tmp_path)
+    assert input_pipeline.dataset_info(config.dataset).num_train == 50_000  # the plan needs no data
+    with pytest.raises(FileNotFoundError) as raised:
+        datasets.load_split(config.dataset, 'train')
+    assert str(tmp_path) in str(raised.value) and 'tfds build cifar10' in str(raised.value)
+
+
+def test_tfds_data_is_read_from_its_folder(tmp_path):
+    """A folder in TFDS's own format, made here with TFDS's own writer."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name='cifar10',
+        version='3.0.2',
+        data_dir=tmp_path,
+        split_datasets={
+            name: [(k, {'id': str(k), 'image': x, 'label': k % 10}) for k, x in enumerate(part)]
+            for name, part in (('train', images[:20]), ('test', images[20:]))
+        },
+        features=tfds.features.FeaturesDict(
+            {
+                'id': tfds.features.Text(),
+                'image': tfds.features.Image(shape=(32, 32, 3), encoding_format='png'),
+                'label': tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    config = default_config()
+    config.dataset.data_dir = str(tmp_path)
+    info = input_pipeline.dataset_info(config.dataset)
+    assert (info.num_train, info.num_eval) == (20, 10)
+    loaded, labels = datasets.load_split(config.dataset, 'train[5:]')
+    np.testing.assert_array_equal(loaded, images[5:20])
+    np.testing.assert_array_equal(labels, np.arange(5, 20) % 10)
+
+
+def test_unknown_data_set_lists_what_exists():
+    config = default_config()
+    config.dataset.name = 'cifar'
+    with pytest.raises(ValueError, match="got 'cifar'; accepted: digits, synthetic, npz, cifar10"):
+        input_pipeline.dataset_info(config.dataset)

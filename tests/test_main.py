@@ -1,0 +1,201 @@
+"""The command line: what it prints, its exit statuses, and that mistakes write nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adabatch_jax import main as command
+from adabatch_jax import metrics, train_state
+
+TINY = """
+from adabatch_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.num_epochs = 2.0
+    config.log_every_steps = 2
+    config.model.name = 'resnet8'
+    config.dataset.name = 'synthetic'
+    config.dataset.num_examples = 64
+    config.dataset.image_size = 8
+    config.dataset.crop_padding = 1
+    config.batch.base_size = 8
+    config.batch.growth_epochs = 1.0
+    config.learning_rate.reference_batch_size = 8
+    config.checkpoint_every_epochs = 0.25
+    return config
+"""
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    path = tmp_path / 'with space ü' / 'tiny.py'
+    path.parent.mkdir()
+    path.write_text(TINY)
+    return path
+
+
+def call(*arguments):
+    return command.main(['main', *map(str, arguments)])
+
+
+def test_trains_then_evaluates_then_finds_nothing_left(tiny_file, tmp_path, capsys):
+    workdir = tmp_path / 'run with space ü'
+    flags = (f'--config={tiny_file}', f'--workdir={workdir}')
+    assert call(*flags) == 0
+    shown = capsys.readouterr().out
+    assert 'stage 1, batch size 16' in shown and 'Stages' in shown
+    summary = metrics.read_records(workdir)[-1]
+    assert f'accuracy {summary["final_accuracy"]:.2%}' in shown
+
+    for more in ((), ('--checkpoint=best',), (f'--config={tiny_file}',)):
+        assert call('--mode=eval', f'--workdir={workdir}', *more) == 0
+        assert 'of 64 examples' in capsys.readouterr().out
+    assert call(*flags) == 0
+    assert metrics.read_records(workdir)[-1]['params_digest'] == summary['params_digest']
+
+
+def test_plan_prints_the_paper_protocol_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    config = os.path.join(os.path.dirname(__file__), '../configs/cifar10_resnet20_adabatch.py')
+    monkeypatch.chdir(tmp_path)
+    assert call(f'--config={os.path.abspath(config)}', '--mode=plan', '--workdir=run') == 0
+    shown = capsys.readouterr().out
+    assert '15,080 updates' in shown
+    rows = [line.split() for line in shown.splitlines() if re.match(r'\s+\d', line)]
+    assert [row[4] for row in rows] == ['128', '256', '512', '1,024', '2,048']
+    assert [float(row[-1]) for row in rows] == pytest.approx([0.01 * 0.75**k for k in range(5)])
+    assert list(tmp_path.iterdir()) == []
+
+
+MISTAKES = {
+    '--config.nope=1': 'config.nope: unknown key; accepted: batch.base_size',
+    '--config.batch.bas_size=1': 'config.batch.bas_size: unknown key; accepted: batch.base_size',
+    '--config.batch.base_size=eight': "config.batch.base_size: got 'eight'; accepted: a whole number",
+    '--config.batch.base_size=8.5': "config.batch.base_size: got '8.5'; accepted: a whole number",
+    '--config.num_epochs=nan': 'config.num_epochs: got nan; accepted: a positive number',
+    '--config.num_epochs=0': 'config.num_epochs: got 0.0; accepted: a positive number',
+    '--config.batch.base_size=-8': 'config.batch.base_size: got -8; accepted: a positive number',
+    '--config.seed=-1': 'config.seed: got -1; accepted: zero or a positive number',
+    '--config.batch.growth_factor=1': 'config.batch.growth_factor: got 1.0; accepted: a number above 1',
+    '--config.optimizer.momentum=1': 'config.optimizer.momentum: got 1.0; accepted',
+    '--config.batch.base_size=9': 'batch size 9 does not divide evenly over 2 devices',
+    '--config.batch.base_size=128': 'batch size 128 is larger than the data set (64 examples)',
+    '--config.batch.max_size=8': 'the batch never grows',
+    '--config.batch.policy=adabtach': "policy: got 'adabtach'; accepted: adabatch",
+    '--config.model.name=resnet9': "model: got 'resnet9'; accepted: resnet8",
+    '--config.model.dtype=float16': "config.model.dtype: got 'float16'; accepted: float32, bfloat16",
+    '--config.dataset.name=mnist2': "data set: got 'mnist2'; accepted: digits",
+    '--config.dataset.train_split=valid': "split: got 'valid'; accepted: train, test",
+    '--config.optimizer.name=adamw2': "optimizer: got 'adamw2'; accepted: sgd",
+    '--config.learning_rate.coupling=cubic': "config.learning_rate.coupling: got 'cubic'",
+    '--config.learning_rate.warmup_epochs=5': 'warmup_epochs: got 5',
+    '--config.batch.stages=((0,8': 'config.batch.stages',
+    '--config.compile.precompile=maybe': 'config.compile.precompile',
+    '--mode=test': 'train|eval|plan',
+    '--worker=1': "Unknown command line flag 'worker'",
+    'extra': "got 'extra'; accepted: flags only",
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2_and_writes_nothing(
+    mistake, tiny_file, tmp_path, capsys
+):
+    workdir = tmp_path / 'run'
+    assert call(f'--config={tiny_file}', f'--workdir={workdir}', mistake) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith('error: ') and output.err.count('\n') == 1
+    assert MISTAKES[mistake] in output.err
+    assert not workdir.exists()
+
+
+def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
+    for arguments, expected in [
+        (('--workdir=x',), '--config: missing'),
+        ((f'--config={tiny_file}',), '--workdir: missing'),
+        (('--config=nowhere.py', '--workdir=x'), "No such file or directory: 'nowhere.py'"),
+        (('--mode=eval', f'--workdir={tmp_path}'), 'config.json is missing'),
+        ((f'--config={tiny_file}', f'--workdir={tiny_file}'), 'is a file; accepted: a directory'),
+        ((f'--config={tiny_file}', '--workdir=/proc/run'), "cannot write to '/proc/run'"),
+    ]:
+        assert call(*arguments) == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'line, expected',
+    [
+        ('config.batch.bse_size = 4', 'bse_size'),
+        ("config.num_epochs = 'ten'", 'num_epochs'),
+        ('config.model = 1 / 0', 'division by zero'),
+        ('config.batch.base_size = ', 'invalid syntax'),
+    ],
+)
+def test_a_config_file_with_a_mistake_is_one_line(line, expected, tiny_file, capsys):
+    tiny_file.write_text(TINY.replace('    return config', f'    {line}\n    return config'))
+    assert call(f'--config={tiny_file}', '--mode=plan') == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count('\n') == 1
+
+
+def test_evaluating_an_interrupted_start_says_that_there_is_no_checkpoint(tiny_file, tmp_path, capsys):
+    from adabatch_jax import config, train, workdir
+
+    values = command.parse(['main', f'--config={tiny_file}'])
+    workdir.create(config.resolve(values.config), train.plan(values.config), tmp_path / 'run')
+    assert call('--mode=eval', f'--workdir={tmp_path / "run"}') == 2
+    assert 'no checkpoint in' in capsys.readouterr().err
+
+
+def test_divergence_exits_with_3(tiny_file, tmp_path, capsys):
+    flags = (f'--config={tiny_file}', f'--workdir={tmp_path / "run"}')
+    assert call(*flags, '--config.learning_rate.effective=1e25') == 3
+    assert re.search(r'error: training diverged: .*update \d+, stage 0', capsys.readouterr().err)
+
+
+def test_help_explains_the_flags(capsys):
+    assert call('--help') == 0
+    shown = capsys.readouterr().out
+    assert '--workdir' in shown and 'Exit status' in shown
+
+
+def test_sigterm_saves_exits_with_143_and_the_same_command_continues(tiny_file, tmp_path, command_line):
+    flags = (f'--config={tiny_file}', '--config.num_epochs=200', '--config.batch.growth_epochs=100')
+    workdir = tmp_path / 'run'
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'adabatch_jax.main', *flags, f'--workdir={workdir}'],
+        cwd=command_line.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any(r['kind'] == 'train' for r in metrics.read_records(workdir)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    stopped = train_state.restore(workdir)
+    assert f'saved at update {int(stopped.step)}' in error
+    assert int(stopped.step) < 1600
+
+
+def test_a_checkpoint_of_two_devices_continues_and_is_evaluated_on_one(
+    tiny_file, tmp_path, command_line
+):
+    workdir = tmp_path / 'run'
+    assert call(f'--config={tiny_file}', f'--workdir={workdir}', '--config.num_epochs=1') == 0
+    result = command_line('--mode=eval', f'--workdir={workdir}', devices=1)
+    assert result.returncode == 0, result.stderr
+    accuracy = metrics.read_records(workdir)[-1]['final_accuracy']
+    assert f'accuracy {accuracy:.2%} of 64 examples' in result.stdout
+    config = json.loads((workdir / 'config.json').read_text())
+    assert config['batch']['base_size'] == 8

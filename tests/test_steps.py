@@ -1,0 +1,265 @@
+"""Train and evaluation steps against NumPy in double precision, and what is compiled when."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from adabatch_jax import distributed, models, optimizers, steps, train_state
+
+TRACES = []
+
+
+class Softmax(nn.Module):
+    """Softmax regression on pixels: gradients have a closed form. Counts its traces in training."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        if train:
+            TRACES.append(images.shape)
+        return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+class Scaled(nn.Module):
+    """BatchNorm alone, to look at its statistics."""
+
+    batch_norm: str = 'local'
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        norm = models.layers.norm_layer(self.batch_norm, jnp.float32, train)
+        return norm()(images).mean(axis=(1, 2))
+
+
+SHAPE = (4, 4, 3)
+NORMALIZE = steps.Normalize((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+
+
+def make_spec(model=None, batch_size=16, num_microbatches=1, train=True, **optimizer):
+    return steps.StepSpec(
+        model or Softmax(),
+        optimizers.create('sgd', **optimizer),
+        NORMALIZE,
+        SHAPE,
+        batch_size,
+        num_microbatches,
+        train,
+    )
+
+
+def make_batch(batch_size=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        'image': rng.integers(256, size=(batch_size, *SHAPE), dtype=np.uint8),
+        'label': rng.integers(3, size=batch_size, dtype=np.int32),
+    }
+
+
+def make_state(spec, seed=0):
+    state = train_state.create(spec.model, spec.optimizer, spec.image_shape, seed)
+    return jax.device_put(state, distributed.replicated())
+
+
+def run_step(spec, state, batch, learning_rate=0.1, examples_seen=16):
+    step = steps.compile_step(spec)
+    state = jax.tree.map(jnp.copy, state)  # the step donates it
+    return step(state, distributed.put(batch), np.float32(learning_rate), np.uint32(examples_seen))
+
+
+def numpy_gradient(params, batch):
+    """Loss and gradient of softmax regression in float64."""
+    pixels = (batch['image'].astype(np.float64) - NORMALIZE.mean) / NORMALIZE.std
+    x = pixels.reshape(len(pixels), -1)
+    logits = x @ params['kernel'] + params['bias']
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    rows = np.arange(len(x))
+    loss = -np.log(p[rows, batch['label']])
+    correct = (logits.argmax(axis=1) == batch['label']).sum()
+    p[rows, batch['label']] -= 1
+    return {'kernel': x.T @ p / len(x), 'bias': p.mean(axis=0)}, loss.sum(), correct
+
+
+@pytest.mark.parametrize('num_microbatches', [1, 2, 4])
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_updates_are_those_of_sgd_in_numpy_whatever_the_split(num_microbatches, nesterov):
+    options = {'momentum': 0.9, 'weight_decay': 0.01, 'nesterov': nesterov}
+    spec = make_spec(num_microbatches=num_microbatches, **options)
+    state = make_state(spec)
+    weights = {k: np.float64(v) for k, v in state.params['Dense_0'].items()}
+    buffer = {k: np.zeros_like(v) for k, v in weights.items()}
+    for k, rate in enumerate((0.1, 0.05, 0.2)):
+        batch = make_batch(seed=k)
+        grads, loss, correct = numpy_gradient(weights, batch)
+        for name, weight in weights.items():
+            g = grads[name] + 0.01 * weight
+            buffer[name] = 0.9 * buffer[name] + g
+            step = g + 0.9 * buffer[name] if nesterov else buffer[name]
+            weights[name] = weight - rate * step
+        state, sums = run_step(spec, state, batch, rate, 16 * (k + 1))
+        assert float(sums['loss']) == pytest.approx(loss, rel=1e-5)
+        assert (int(sums['correct']), int(sums['count'])) == (correct, 16)
+        for name, weight in weights.items():
+            np.testing.assert_allclose(state.params['Dense_0'][name], weight, atol=2e-6)
+    assert (int(state.step), int(state.examples_seen)) == (3, 48)
+
+
+def test_running_statistics_are_the_mean_over_devices_and_microbatches():
+    spec = make_spec(Scaled(), batch_size=16, num_microbatches=2)
+    state = make_state(spec)
+    batch = make_batch()
+    after, _ = run_step(spec, state, batch)
+    x = (batch['image'].astype(np.float64) - NORMALIZE.mean) / NORMALIZE.std
+    groups = x.reshape(4, 4, *SHAPE)  # 2 devices x 2 microbatches of 4 examples
+    mean = groups.mean(axis=(1, 2, 3)).mean(axis=0)
+    var = groups.var(axis=(1, 2, 3)).mean(axis=0)
+    stats = after.batch_stats['BatchNorm_0']
+    np.testing.assert_allclose(stats['mean'], 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * var, rtol=1e-4)
+
+
+def test_sync_statistics_are_those_of_the_whole_batch():
+    spec = make_spec(Scaled('sync'))
+    batch = make_batch()
+    after, _ = run_step(spec, make_state(spec), batch)
+    x = (batch['image'].astype(np.float64) - NORMALIZE.mean) / NORMALIZE.std
+    var = x.var(axis=(0, 1, 2))
+    np.testing.assert_allclose(after.batch_stats['BatchNorm_0']['var'], 0.9 + 0.1 * var, rtol=1e-4)
+
+
+def test_evaluation_uses_running_statistics_and_the_mask():
+    spec = make_spec(Scaled(), batch_size=8, train=False)
+    state = make_state(spec)
+    state = state.replace(
+        batch_stats={'BatchNorm_0': {'mean': jnp.full(3, 0.5), 'var': jnp.full(3, 4.0)}}
+    )
+    batch = make_batch(8)
+    mask = np.array([1, 1, 1, 0, 1, 0, 0, 0], np.float32)
+    sums = steps.compile_step(spec)(
+        jax.device_put(state.variables, distributed.replicated()),
+        distributed.put({**batch, 'mask': mask}),
+    )
+    x = (batch['image'].astype(np.float64) - NORMALIZE.mean) / NORMALIZE.std
+    logits = ((x - 0.5) / np.sqrt(4 + 1e-5)).mean(axis=(1, 2))
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), batch['label']]
+    assert float(sums['loss']) == pytest.approx((losses * mask).sum(), rel=1e-5)
+    assert float(sums['count']) == 4
+    assert float(sums['correct']) == ((logits.argmax(axis=1) == batch['label']) * mask).sum()
+
+
+def test_each_batch_size_is_traced_and_compiled_once():
+    cache = steps.StepCache()
+    state = make_state(make_spec())
+    TRACES.clear()
+    for batch_size in (16, 16, 32, 16, 32):
+        for rate in (0.1, 0.03):
+            step = cache.get(make_spec(batch_size=batch_size))
+            state, _ = step(
+                state, distributed.put(make_batch(batch_size)), np.float32(rate), np.uint32(1)
+            )
+    assert cache.num_compiles == 2
+    assert [(8, *SHAPE), (16, *SHAPE)] == TRACES
+
+
+def test_only_what_shapes_a_step_makes_a_new_one():
+    cache = steps.StepCache(lambda spec: steps.CompiledStep(print, 1.0, False, 0))
+    base = make_spec(momentum=0.9)
+    variants = [
+        base,
+        make_spec(momentum=0.9),  # an equal spec
+        dataclasses.replace(base, batch_size=32),
+        dataclasses.replace(base, num_microbatches=2),
+        make_spec(momentum=0.8),
+        make_spec(models.get_model('resnet8', 3)),
+        make_spec(models.get_model('resnet8', 3, dtype=jnp.bfloat16)),
+    ]
+    for spec in variants:
+        cache.get(spec)
+    assert cache.num_compiles == len(variants) - 1
+
+
+def test_a_step_that_was_in_use_before_counts_as_a_hit_without_compile_time():
+    cache = steps.StepCache(lambda spec: steps.CompiledStep(print, 1.0, False, 0))
+    first, again = cache.get(make_spec()), cache.get(make_spec())
+    assert (first.compile_seconds, first.cache_hit) == (1.0, False)
+    assert (again.compile_seconds, again.cache_hit) == (0.0, True)
+
+
+def test_a_step_that_does_not_compile_raises_where_it_is_needed_and_may_be_tried_again():
+    outcomes = [RuntimeError('no memory'), steps.CompiledStep(print, 1.0, False, 0)]
+
+    def compile_step(spec):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    cache = steps.StepCache(compile_step)
+    with pytest.raises(RuntimeError, match='no memory'):
+        cache.get(make_spec())
+    assert cache.get(make_spec()).compile_seconds == 1.0
+
+
+def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
+    before = {
+        name: getattr(jax.config, name)
+        for name in (
+            'jax_compilation_cache_dir',
+            'jax_persistent_cache_min_compile_time_secs',
+            'jax_persistent_cache_min_entry_size_bytes',
+        )
+    }
+    steps.enable_persistent_cache(str(tmp_path))
+    try:
+        spec = make_spec(batch_size=24)
+        first, second = steps.compile_step(spec), steps.compile_step(spec)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert list(tmp_path.glob('jaxlib-*/*'))
+    assert not first.cache_hit
+    if not second.cache_hit:
+        pytest.skip('this CPU rejects reloaded executables')
+
+
+def test_memory_of_a_step_grows_with_its_batch():
+    small, large = (
+        steps.compile_step(make_spec(models.get_model('resnet8', 3), batch_size=n)).memory_bytes
+        for n in (4, 64)
+    )
+    assert 0 < small < large
+
+
+def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32():
+    spec = make_spec(models.get_model('resnet8', 3, dtype=jnp.bfloat16))
+    state, sums = run_step(spec, make_state(spec), make_batch())
+    kept = (state.params, state.batch_stats, sums)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
+    logits = spec.model.apply(state.variables, jnp.zeros((2, *SHAPE)), train=False)
+    assert logits.dtype == jnp.float32
+
+
+def test_learning_rate_enters_through_the_optimizers_hyperparameter():
+    optimizer = optimizers.create('sgd', momentum=0.0)
+    state = optax.tree.set(optimizer.init({'w': jnp.ones(2)}), learning_rate=0.25)
+    updates, _ = optimizer.update({'w': jnp.array([1.0, 2.0])}, state, {'w': jnp.ones(2)})
+    np.testing.assert_allclose(updates['w'], [-0.25, -0.5])
+
+
+def test_unknown_optimizer_and_model_list_what_exists():
+    with pytest.raises(ValueError, match="got 'sdg'; accepted: sgd"):
+        optimizers.create('sdg')
+    with pytest.raises(ValueError, match="got 'resnet21'; accepted: resnet8, .*resnet20"):
+        models.get_model('resnet21', 10)
+    with pytest.raises(ValueError, match="batch_norm: got 'global'"):
+        models.get_model('resnet20', 10, batch_norm='global')
+    with pytest.raises(ValueError, match='depth'):
+        models.get_model('resnet20', 10, depth=3)
