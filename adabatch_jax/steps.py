@@ -125,12 +125,7 @@ def train_step(
         dict.fromkeys(('loss', 'correct', 'count'), jnp.zeros(())),
     )
     parts = (jnp.arange(n), microbatches['image'], microbatches['label'])
-    if n == 1:
-        (grads, batch_stats, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], parts))
-    else:
-        # XLA's CPU compiler turns convolutions into fast library calls outside loops only.
-        unroll = n if jax.default_backend() == 'cpu' else 1
-        (grads, batch_stats, sums), _ = lax.scan(accumulate, zeros, parts, unroll=unroll)
+    (grads, batch_stats, sums), _ = lax.scan(accumulate, zeros, parts)
     grads, batch_stats = jax.tree.map(lambda x: x / n, (grads, batch_stats))
     grads, batch_stats = lax.pmean((grads, batch_stats), AXIS_NAME)
 

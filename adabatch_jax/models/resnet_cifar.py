@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from adabatch_jax.models.conv import Conv
 from adabatch_jax.models.layers import Classifier, fan_out_normal, norm_layer
 
 
@@ -25,7 +26,7 @@ class Block(nn.Module):
         norm = norm_layer(self.batch_norm, self.dtype, train)
 
         def conv(features, kernel, stride):
-            return nn.Conv(
+            return Conv(
                 features,
                 (kernel, kernel),
                 (stride, stride),
@@ -54,7 +55,7 @@ class ResNetCifar(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        x = nn.Conv(
+        x = Conv(
             self.width,
             (3, 3),
             padding=1,

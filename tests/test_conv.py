@@ -1,0 +1,61 @@
+"""The shared convolution against the plain operation: values and both gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from adabatch_jax.models import conv
+
+
+@pytest.mark.parametrize('stride', [1, 2, 4])
+@pytest.mark.parametrize('kernel, padding', [(1, 0), (3, 1), (3, 0), (5, 2), (11, 5)])
+@pytest.mark.parametrize('shape', [(3, 16, 16, 3), (16, 12, 13, 8), (37, 11, 12, 4)])
+def test_values_and_gradients_are_those_of_the_plain_operation(stride, kernel, padding, shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, shape[-1], 6)), jnp.float32)
+
+    def with_gradients(function):
+        y, vjp = jax.vjp(lambda x, w: function(x, w, (stride, stride), padding), x, w)
+        return y, *vjp(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    for ours, plain in zip(
+        with_gradients(conv._convolve_cpu), with_gradients(conv._convolve), strict=True
+    ):
+        assert ours.dtype == plain.dtype
+        scale = np.abs(plain).max()
+        np.testing.assert_allclose(ours / scale, plain / scale, atol=2e-5)
+
+
+def test_layer_is_flax_convolution_with_the_same_parameters():
+    x = jax.random.normal(jax.random.PRNGKey(1), (2, 9, 9, 3))
+    ours = conv.Conv(5, (3, 3), (2, 2), padding=1)
+    theirs = nn.Conv(5, (3, 3), (2, 2), padding=1)
+    key = jax.random.PRNGKey(0)
+    variables = ours.init(key, x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, theirs.init(key, x))
+    np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), atol=1e-6)
+
+
+def test_gradients_stay_in_the_layout_that_the_cpu_compiler_knows():
+    """Every convolution of a backward pass is NHWC/HWIO, inside the loop over chunks too."""
+    layer = conv.Conv(8, (3, 3), padding=1)
+    x = jnp.zeros((40, 8, 8, 4))
+    variables = layer.init(jax.random.PRNGKey(0), x)
+    gradient = jax.make_jaxpr(jax.grad(lambda v, x: layer.apply(v, x).sum(), (0, 1)))(variables, x)
+
+    def convolutions(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive is lax.conv_general_dilated_p:
+                yield eqn.params['dimension_numbers']
+            for value in eqn.params.values():
+                inner = getattr(value, 'jaxpr', None)
+                if inner is not None:
+                    yield from convolutions(inner)
+
+    found = set(convolutions(gradient.jaxpr))
+    canonical = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ('NHWC', 'HWIO', 'NHWC'))
+    assert found == {canonical}
