@@ -16,7 +16,7 @@ if not console.is_terminal:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(
-        title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=title, title_justify='left', box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for column in columns:
         table.add_column(column, justify='right', no_wrap=True)
@@ -104,8 +104,7 @@ def print_stages(records: list[dict[str, Any]]) -> None:
     stages = [entered[stage] for stage in sorted(entered)]  # without the entries of continuations
     end = next(r for r in reversed(records) if r['kind'] == 'summary')
     table = _table(
-        'Stages', 'stage', 'epochs', 'batch', 'updates', 'learning rate', 'images/s', 'loss',
-        'compile s', 'stall s',
+        'Stages', 'stage', 'epochs', 'batch', 'updates', 'rate', 'images/s', 'loss', 'compile', 'stall',
     )  # fmt: skip
     for stage, following in zip(stages, [*stages[1:], end], strict=True):
         train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
@@ -113,14 +112,14 @@ def print_stages(records: list[dict[str, Any]]) -> None:
         speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]
         table.add_row(
             str(stage['stage']),
-            f'{stage["epoch"]:.4g} - {following["epoch"]:.4g}',
+            f'{stage["epoch"]:.3g} - {following["epoch"]:.3g}',
             f'{stage["batch_size"]:,}',
             f'{following["step"] - stage["step"]:,}',
-            f'{stage["learning_rate"]:.5g}',
+            f'{stage["learning_rate"]:.4g}',
             f'{sorted(speeds)[len(speeds) // 2]:,.0f}' if speeds else '-',
-            f'{last["loss"]:.4f}' if last.get('loss') is not None else '-',
-            f'{stage["compile_seconds"]:.1f}' + (' (cached)' if stage['cache_hit'] else ''),
-            f'{stage["stall_seconds"]:.2f}',
+            f'{last["loss"]:.3f}' if last.get('loss') is not None else '-',
+            f'{stage["compile_seconds"]:.1f} s' + (' cached' if stage['cache_hit'] else ''),
+            f'{stage["stall_seconds"]:.2f} s',
         )
     console.print(table)
     console.print(

@@ -53,6 +53,8 @@ def train(
     """
     config = resolve(config)
     with open_run(config, pathlib.Path(directory)) as run:
+        if run.upcoming is None:
+            run.display.say('this run is complete: nothing is left to train')
         while run.upcoming is not None:
             if run.step_fn is None or run.upcoming.batch_size != run.batch_size:
                 run.enter_stage()
