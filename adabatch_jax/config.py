@@ -36,7 +36,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = model = ml_collections.ConfigDict()
     model.name = 'resnet20'  # see adabatch_jax.models
     model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters stay float32
-    model.batch_norm = 'local'  # statistics over: local (one microbatch) or sync (all devices')
+    # Statistics over: local (a device's microbatch), sync (all devices') or ghost:N (N examples).
+    model.batch_norm = 'local'
 
     config.dataset = dataset = ml_collections.ConfigDict()
     dataset.name = 'cifar10'  # digits, synthetic, npz, or a TFDS name; see input_pipeline.datasets
@@ -80,7 +81,12 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.name = 'sgd'  # see adabatch_jax.optimizers
     optimizer.momentum = 0.9
     optimizer.nesterov = False
-    optimizer.weight_decay = 0.0  # coefficient, added to the gradient
+    optimizer.weight_decay = 0.0  # coefficient
+    optimizer.decayed = 'all'  # parameters: all, or kernels (neither biases nor BatchNorm)
+    optimizer.trust_coefficient = 0.001  # LARS
+    optimizer.beta1 = 0.9  # Adam, LAMB
+    optimizer.beta2 = 0.999  # Adam, LAMB
+    optimizer.epsilon = 1e-8  # added to denominators
 
     config.compile = compile_ = ml_collections.ConfigDict()
     compile_.precompile = True  # compile later stages in the background
@@ -127,13 +133,13 @@ _NOT_NEGATIVE = (
     'learning_rate.decay_epochs',
     'learning_rate.warmup_epochs',
     'learning_rate.warmup_initial',
-    'optimizer.momentum',
     'optimizer.weight_decay',
+    'optimizer.trust_coefficient',
+    'optimizer.epsilon',
 )
 _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor')
 _CHOICES = {
     'model.dtype': ('float32', 'bfloat16'),
-    'model.batch_norm': ('local', 'sync'),
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
@@ -175,7 +181,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
     check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
     check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
-    check(('optimizer.momentum',), 'a number from 0 to below 1', lambda value: value < 1)
+    fractions = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2')
+    check(fractions, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:
             raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')

@@ -1,6 +1,7 @@
 """What a config describes: data, clock, policy, plan, model and optimizer, before anything runs."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -85,6 +86,25 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
             dtype=jnp.dtype(config.model.dtype),
             batch_norm=config.model.batch_norm,
         )
+        check_images(model, info.image_shape)
+        if group := models.check_batch_norm(config.model.batch_norm):
+            for size in plan.ladder:
+                micro, _ = schedules.split_batch(size, plan.num_devices, config.batch.max_per_device)
+                if micro % group:
+                    raise ValueError(
+                        f'batch_norm: got {config.model.batch_norm!r}, but the microbatches of batch '
+                        f'size {size} have {micro} examples; use a multiple of {group}'
+                    )
     with user_errors('config.optimizer'):
         optimizer = optimizers.create(**config.optimizer)
     return Experiment(config, info, clock, rate, policy, plan, model, optimizer)
+
+
+def check_images(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Raises ``ValueError`` where a model cannot take images of a shape."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    try:
+        jax.eval_shape(init, jax.random.key(0), images)
+    except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
+        raise ValueError(f'{type(model).__name__} cannot take images of {image_shape}') from error

@@ -1,13 +1,55 @@
 """optax chains by name. The learning rate stays outside: the train step sets it for every update."""
 
 import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+
+OPTIMIZERS = ('sgd', 'lars', 'lars_optax', 'lamb', 'adam', 'adamw', 'adagrad')
+DECAYED = ('all', 'kernels')
+
+
+def is_kernel(params: Any) -> Any:
+    """True for weights of layers, false for biases and BatchNorm parameters, which are vectors."""
+    return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+
+
+def scale_by_lars(
+    learning_rate: jax.Array, trust_coefficient: float, weight_decay: float, eps: float
+) -> optax.GradientTransformation:
+    """The layer-wise rate of LARS in the paper's form, applied before the momentum buffer.
+
+    ``lr * eta * |w| / (|g| + wd |w| + eps) * (g + wd w)`` for kernels, the ratio 1 where either norm
+    is 0; ``lr * g`` for biases and BatchNorm parameters. You, Gitman and Ginsburg, "Large Batch
+    Training of Convolutional Networks", 2017, equation 6 and algorithm 1. optax.lars differs: it
+    divides by the norm of ``g + wd w`` and keeps the learning rate outside the buffer.
+    """
+
+    def update_leaf(g, w):
+        if jnp.ndim(w) <= 1:
+            return learning_rate * g
+        w_norm, g_norm = jnp.linalg.norm(w), jnp.linalg.norm(g)
+        ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
+        ratio = jnp.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+        return learning_rate * ratio * (g + weight_decay * w)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(update_leaf, updates, params))
 
 
 @functools.cache
 def create(
-    name: str, *, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+    name: str,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decayed: str = 'all',
+    trust_coefficient: float = 0.001,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
     """An optimizer whose state holds ``learning_rate`` as a hyperparameter.
 
@@ -15,24 +57,56 @@ def create(
     give the same object, so that compiled steps can be found again by their optimizer.
 
     Args:
-      name: ``'sgd'``: ``v <- m v + g + wd w``, ``w <- w - lr v`` with the learning rate outside the
-        buffer, which needs no momentum correction when the rate changes (Goyal et al., 2017,
-        section 3).
-      momentum: m; 0 keeps no buffer.
-      nesterov: look-ahead momentum.
-      weight_decay: coefficient of every parameter, added to its gradient.
+      name: one of ``OPTIMIZERS``. ``sgd``: ``v <- m v + g + wd w``, ``w <- w - lr v``, with the
+        learning rate outside the buffer, which needs no momentum correction when the rate changes
+        (Goyal et al., 2017, section 3). ``lars``: see ``scale_by_lars``. The others are optax's.
+      momentum: m of sgd and LARS; 0 keeps no buffer.
+      nesterov: look-ahead momentum of sgd and LARS.
+      weight_decay: coefficient; added to the gradient, or to the update for adamw and lamb.
+      decayed: ``'all'`` parameters, or ``'kernels'``: neither biases nor BatchNorm parameters
+        (Goyal et al., 2017, section 5.3). LARS always leaves those out.
+      trust_coefficient: eta of LARS.
+      beta1: decay of the first moment of adam, adamw and lamb.
+      beta2: decay of their second moment.
+      epsilon: added to a denominator.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or an unknown choice of ``decayed``.
     """
-    if name != 'sgd':
-        raise ValueError(f'optimizer: got {name!r}; accepted: sgd')
+    if name not in OPTIMIZERS:
+        raise ValueError(f'optimizer: got {name!r}; accepted: {", ".join(OPTIMIZERS)}')
+    if decayed not in DECAYED:
+        raise ValueError(f'decayed: got {decayed!r}; accepted: {", ".join(DECAYED)}')
+    mask = is_kernel if decayed == 'kernels' else None
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
+    buffer = optax.trace(momentum, nesterov) if momentum else optax.identity()
 
-    def chain(learning_rate):
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-            optax.trace(momentum, nesterov) if momentum else optax.identity(),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    def build(learning_rate):
+        down = optax.scale_by_learning_rate(learning_rate)
+        if name == 'sgd':
+            return optax.chain(decay, buffer, down)
+        if name == 'lars':
+            rates = scale_by_lars(learning_rate, trust_coefficient, weight_decay, epsilon)
+            return optax.chain(rates, buffer, optax.scale(-1.0))
+        if name == 'lars_optax':
+            return optax.lars(
+                learning_rate,
+                weight_decay,
+                weight_decay_mask=is_kernel,
+                trust_coefficient=trust_coefficient,
+                eps=epsilon,
+                trust_ratio_mask=is_kernel,
+                momentum=momentum,
+                nesterov=nesterov,
+            )
+        if name == 'lamb':
+            return optax.lamb(learning_rate, beta1, beta2, epsilon, 0.0, weight_decay, mask)
+        if name == 'adamw':
+            return optax.adamw(
+                learning_rate, beta1, beta2, epsilon, weight_decay=weight_decay, mask=mask
+            )
+        if name == 'adam':
+            return optax.chain(decay, optax.scale_by_adam(beta1, beta2, epsilon), down)
+        return optax.chain(decay, optax.scale_by_rss(eps=epsilon), down)
 
-    return optax.inject_hyperparams(chain)(learning_rate=0.0)
+    return optax.inject_hyperparams(build)(learning_rate=0.0)

@@ -7,14 +7,84 @@ import pytest
 
 from adabatch_jax import models, optimizers, train_state
 
+COUNTS = {  # name: (classes, image size, parameters)
+    'resnet8': (10, 32, 78_042),
+    'resnet20': (10, 32, 272_474),
+    'resnet110': (10, 32, 1_730_714),
+    'wrn16_4': (10, 32, 2_748_890),
+    'alexnet_cifar': (10, 32, 2_472_266),
+    'vgg19_bn': (10, 32, 20_040_522),
+    'alexnet': (1000, 224, 61_100_840),
+    'resnet18': (1000, 224, 11_689_512),
+    'resnet50': (1000, 224, 25_557_032),
+}
 
-@pytest.mark.parametrize('name, count', [('resnet20', 272_474), ('resnet8', 78_042)])
-def test_parameter_counts_for_ten_classes(name, count):
-    shapes = jax.eval_shape(
-        lambda: train_state.create(models.get_model(name, 10), optimizers.create('sgd'), (32, 32, 3))
-    )
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameter_counts(name):
+    classes, size, count = COUNTS[name]
+    model, optimizer = models.get_model(name, classes), optimizers.create('sgd')
+    shapes = jax.eval_shape(lambda: train_state.create(model, optimizer, (size, size, 3)))
     assert train_state.param_count(shapes) == count
     assert train_state.param_count(shapes.params) == count
+
+
+def test_identity_shortcuts_have_no_parameters():
+    model = models.get_model('resnet20', 10, shortcut='identity')
+    params = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    )['params']
+    projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert train_state.param_count(params) == 272_474 - projections
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+@pytest.mark.parametrize('batch_norm', ['local', 'ghost:2'])
+def test_every_model_gives_float32_logits_in_half_precision_too(name, batch_norm):
+    size = 224 if name in ('alexnet', 'alexnet_bn') else 32
+    model = models.get_model(name, 7, batch_norm=batch_norm, dtype=jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    logits, _ = jax.eval_shape(
+        lambda v, x: model.apply(
+            v, x, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)}
+        ),
+        variables,
+        images,
+    )
+    assert logits.shape == (4, 7) and logits.dtype == jnp.float32
+
+
+def test_zero_initialised_residuals_start_as_the_identity():
+    model = models.get_model('resnet18', 10, zero_init_residual=True)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)['params']
+    scales = [params[name]['scale'] for name in params if name.startswith('BatchNorm')]
+    assert sum(1 for scale in scales if not scale.any()) == 8  # one in each block
+
+
+def test_ghost_statistics_are_those_of_each_group():
+    x = np.random.default_rng(0).normal(2, 3, size=(12, 5, 5, 3)).astype(np.float32)
+    layer = models.layers.GhostBatchNorm(4, True, jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    y, mutated = layer.apply(variables, x, mutable=['batch_stats'])
+    groups = x.astype(np.float64).reshape(3, 4, 5, 5, 3)
+    mean = groups.mean(axis=(1, 2, 3), keepdims=True)
+    var = groups.var(axis=(1, 2, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    stats = mutated['batch_stats']
+    np.testing.assert_allclose(stats['mean'], 0.1 * mean.mean(axis=(0, 1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * var.mean(axis=(0, 1, 2, 3)), rtol=1e-4)
+
+
+def test_ghost_groups_of_the_whole_batch_are_batchnorm():
+    x = jax.random.normal(jax.random.key(0), (8, 5, 5, 3)) * 3 + 1
+    ghost, local = (models.layers.norm_layer(b, jnp.float32, True)() for b in ('ghost:8', 'local'))
+    variables = ghost.init(jax.random.key(0), x)
+    a, b = (m.apply(variables, x, mutable=['batch_stats']) for m in (ghost, local))
+    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize('shape', [(32, 32, 3), (8, 8, 1), (28, 28, 1), (17, 33, 3)])

@@ -255,9 +255,9 @@ def test_learning_rate_enters_through_the_optimizers_hyperparameter():
 
 
 def test_unknown_optimizer_and_model_list_what_exists():
-    with pytest.raises(ValueError, match="got 'sdg'; accepted: sgd"):
+    with pytest.raises(ValueError, match="got 'sdg'; accepted: sgd, lars"):
         optimizers.create('sdg')
-    with pytest.raises(ValueError, match="got 'resnet21'; accepted: resnet8, .*resnet20"):
+    with pytest.raises(ValueError, match="got 'resnet21'; accepted: alexnet, .*resnet20"):
         models.get_model('resnet21', 10)
     with pytest.raises(ValueError, match="batch_norm: got 'global'"):
         models.get_model('resnet20', 10, batch_norm='global')

@@ -1,19 +1,35 @@
-"""Networks by name: ``get_model('resnet20', num_classes=10)``."""
+"""Networks by name: ``get_model('resnet20', num_classes=10)``.
+
+To add one, write a linen module that takes ``num_classes``, ``batch_norm`` and ``dtype``, and name it in
+``MODELS``.
+"""
 
 import functools
 from typing import Any
 
 import flax.linen as nn
 
-from adabatch_jax.models.layers import BATCH_NORMS
-from adabatch_jax.models.resnet_cifar import ResNetCifar
+from adabatch_jax.models import alexnet, resnet, resnet_cifar, vgg
+from adabatch_jax.models.layers import check_batch_norm
 
-__all__ = ['MODELS', 'get_model']
+__all__ = ['MODELS', 'check_batch_norm', 'get_model']
 
 MODELS = {
-    f'resnet{6 * blocks + 2}': functools.partial(ResNetCifar, blocks)
-    for blocks in (1, 2, 3, 5, 7, 9, 18)
+    'alexnet_cifar': alexnet.AlexNetCifar,
+    'alexnet': alexnet.AlexNet,
+    'alexnet_bn': functools.partial(alexnet.AlexNet, normalised=True),
 }
+for _depth, _repeats in vgg.DEPTHS.items():
+    MODELS[f'vgg{_depth}'] = functools.partial(vgg.VGG, _repeats, False)
+    MODELS[f'vgg{_depth}_bn'] = functools.partial(vgg.VGG, _repeats, True)
+for _blocks in (1, 2, 3, 5, 7, 9, 18):
+    MODELS[f'resnet{6 * _blocks + 2}'] = functools.partial(resnet_cifar.ResNetCifar, _blocks)
+for _blocks, _widen in ((2, 4), (4, 10), (6, 2)):
+    MODELS[f'wrn{6 * _blocks + 4}_{_widen}'] = functools.partial(
+        resnet_cifar.WideResNet, _blocks, _widen
+    )
+for _depth, (_bottleneck, _depths) in resnet.DEPTHS.items():
+    MODELS[f'resnet{_depth}'] = functools.partial(resnet.ResNet, _bottleneck, _depths)
 
 
 def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -23,7 +39,8 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       name: one of ``MODELS``.
       num_classes: width of the logits.
       **options: fields of the module: ``dtype`` of the activations (parameters, BatchNorm
-        statistics and logits are float32), ``batch_norm`` (``'local'`` or ``'sync'``), ``width``.
+        statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``),
+        and those of the family, such as ``shortcut`` or ``zero_init_residual``.
 
     Returns:
       A module from images ``[batch, height, width, channels]`` to float32 logits
@@ -33,14 +50,11 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       ValueError: an unknown name or option.
     """
     if name not in MODELS:
-        raise ValueError(f'model: got {name!r}; accepted: {", ".join(MODELS)}')
+        raise ValueError(f'model: got {name!r}; accepted: {", ".join(sorted(MODELS))}')
     if num_classes < 1:
         raise ValueError(f'num_classes: got {num_classes}; needs at least 1')
-    if options.get('batch_norm', 'local') not in BATCH_NORMS:
-        raise ValueError(
-            f'batch_norm: got {options["batch_norm"]!r}; accepted: {", ".join(BATCH_NORMS)}'
-        )
+    check_batch_norm(options.get('batch_norm', 'local'))
     try:
-        return MODELS[name](num_classes, **options)
+        return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f'model {name}: {error}') from error

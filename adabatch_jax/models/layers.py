@@ -1,13 +1,14 @@
 """The layers that all models share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
-BATCH_NORMS = ('local', 'sync')
 
 # He et al., 2015, with fan-out, as the official AdaBatch code initialises its convolutions.
 fan_out_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -23,34 +24,90 @@ def torch_uniform(fan_in: int) -> Callable:
     return init
 
 
-def norm_layer(batch_norm: str, dtype: Any, train: bool, **options) -> Callable[..., nn.Module]:
-    """BatchNorm with the statistics that ``batch_norm`` names; running statistics when not training.
+def check_batch_norm(batch_norm: str) -> int:
+    """The group size of a BatchNorm policy, 0 where it has none; ``ValueError`` for no policy."""
+    name, _, size = batch_norm.partition(':')
+    if name == 'ghost' and size.isdecimal() and int(size) > 1:
+        return int(size)
+    if batch_norm not in ('local', 'sync'):
+        raise ValueError(
+            f'batch_norm: got {batch_norm!r}; accepted: local, sync, or ghost:N for groups of N > 1'
+        )
+    return 0
 
-    ``local`` takes them over one device's microbatch, ``sync`` over the microbatches that all
-    devices run at once. Running statistics move by 0.1 an update, as PyTorch's do.
+
+class GhostBatchNorm(nn.Module):
+    """BatchNorm over groups of ``group`` consecutive examples (Hoffer et al., 2017, algorithm 1).
+
+    The statistics of a batch of any size are those of batches of ``group``, so that they mean the
+    same in every stage. The running statistics move once, by the mean over the groups.
     """
 
-    def layer(**more):
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=dtype,
-            axis_name=AXIS_NAME if batch_norm == 'sync' and train else None,
-            **(options | more),
-        )
-
-    return layer
-
-
-class Classifier(nn.Module):
-    """Linear layer to the classes, in float32 whatever the activations are, PyTorch's default init."""
-
-    num_classes: int
+    group: int
+    train: bool
+    dtype: Any
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Callable = nn.initializers.ones_init()
 
     @nn.compact
     def __call__(self, x):
-        init = torch_uniform(x.shape[-1])
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, dtype=jnp.float32)(
-            x.astype(jnp.float32)
-        )
+        shape = x.shape[-1:]
+        scale = self.param('scale', self.scale_init, shape, jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros_init(), shape, jnp.float32)
+        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+        running_var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+        if not self.train:
+            mean, var, groups = running_mean.value, running_var.value, x.astype(jnp.float32)
+        else:
+            if len(x) % self.group:
+                raise ValueError(f'{len(x)} examples do not divide into groups of {self.group}')
+            groups = x.astype(jnp.float32).reshape(-1, self.group, *x.shape[1:])
+            axes = tuple(range(1, groups.ndim - 1))
+            mean, var = groups.mean(axes, keepdims=True), groups.var(axes, keepdims=True)
+            if not self.is_initializing():
+                for running, value in ((running_mean, mean), (running_var, var)):
+                    value = value.reshape(-1, *shape).mean(axis=0)
+                    running.value = self.momentum * running.value + (1 - self.momentum) * value
+        y = (groups - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+def norm_layer(batch_norm: str, dtype: Any, train: bool) -> Callable[..., nn.Module]:
+    """BatchNorm with the statistics that ``batch_norm`` names; running statistics when not training.
+
+    ``local`` takes them over one device's microbatch, ``sync`` over the microbatches that all
+    devices run at once, ``ghost:N`` over groups of N examples of a microbatch. Running statistics
+    move by 0.1 an update, as PyTorch's do.
+    """
+    if group := check_batch_norm(batch_norm):
+        return functools.partial(GhostBatchNorm, group=group, train=train, dtype=dtype)
+    return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=AXIS_NAME if batch_norm == 'sync' and train else None,
+    )
+
+
+class Classifier(nn.Module):
+    """Linear layer to the classes, in float32 whatever the activations are.
+
+    ``init`` of kernel and bias; PyTorch's default where it is None.
+    """
+
+    num_classes: int
+    init: Callable | None = None
+    bias_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        default = torch_uniform(x.shape[-1])
+        return nn.Dense(
+            self.num_classes,
+            kernel_init=self.init or default,
+            bias_init=self.bias_init or default,
+            dtype=jnp.float32,
+        )(x.astype(jnp.float32))

@@ -1,7 +1,9 @@
-"""Residual networks for small images: ResNet-(6n + 2).
+"""Residual networks for small images: ResNet-(6n + 2) and Wide ResNet-(6n + 4)-k.
 
 He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2016, section 4.2, with the
-projection shortcuts (1x1 convolution and BatchNorm) of the official AdaBatch code.
+projection shortcuts (1x1 convolution and BatchNorm) of the official AdaBatch code, or with that paper's
+own identity shortcuts, padded with zero channels. Zagoruyko and Komodakis, "Wide Residual Networks",
+2016: pre-activation blocks, k times wider.
 """
 
 from typing import Any
@@ -12,6 +14,20 @@ import jax.numpy as jnp
 from adabatch_jax.models.conv import Conv
 from adabatch_jax.models.layers import Classifier, fan_out_normal, norm_layer
 
+SHORTCUTS = ('projection', 'identity')
+
+
+def _conv(features, kernel, stride, dtype):
+    return Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=fan_out_normal,
+        dtype=dtype,
+    )
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
@@ -20,26 +36,19 @@ class Block(nn.Module):
     stride: int
     batch_norm: str
     dtype: Any
+    shortcut: str = 'projection'
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-
-        def conv(features, kernel, stride):
-            return Conv(
-                features,
-                (kernel, kernel),
-                (stride, stride),
-                padding=kernel // 2,
-                use_bias=False,
-                kernel_init=fan_out_normal,
-                dtype=self.dtype,
-            )
-
-        y = nn.relu(norm()(conv(self.features, 3, self.stride)(x)))
-        y = norm()(conv(self.features, 3, 1)(y))
-        if x.shape != y.shape:
-            x = norm()(conv(self.features, 1, self.stride)(x))
+        y = nn.relu(norm()(_conv(self.features, 3, self.stride, self.dtype)(x)))
+        y = norm()(_conv(self.features, 3, 1, self.dtype)(y))
+        if x.shape != y.shape and self.shortcut == 'projection':
+            x = norm()(_conv(self.features, 1, self.stride, self.dtype)(x))
+        elif x.shape != y.shape:
+            more = y.shape[-1] - x.shape[-1]
+            x = x[:, :: self.stride, :: self.stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
         return nn.relu(x + y)
 
 
@@ -49,23 +58,63 @@ class ResNetCifar(nn.Module):
     blocks: int
     num_classes: int
     width: int = 16
+    shortcut: str = 'projection'
+    batch_norm: str = 'local'
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(f'shortcut: got {self.shortcut!r}; accepted: {", ".join(SHORTCUTS)}')
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        norm = norm_layer(self.batch_norm, self.dtype, train)
+        x = _conv(self.width, 3, 1, self.dtype)(images.astype(self.dtype))
+        x = nn.relu(norm()(x))
+        for group in range(3):
+            for block in range(self.blocks):
+                stride = 2 if group > 0 and block == 0 else 1
+                features = self.width * 2**group
+                x = Block(features, stride, self.batch_norm, self.dtype, self.shortcut)(x, train=train)
+        return Classifier(self.num_classes)(x.mean(axis=(1, 2)))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block: BatchNorm and ReLU before each of two 3x3 convolutions."""
+
+    features: int
+    stride: int
+    batch_norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        norm = norm_layer(self.batch_norm, self.dtype, train)
+        y = nn.relu(norm()(x))
+        if x.shape[-1] != self.features or self.stride != 1:
+            x = _conv(self.features, 1, self.stride, self.dtype)(y)
+        y = _conv(self.features, 3, self.stride, self.dtype)(y)
+        y = _conv(self.features, 3, 1, self.dtype)(nn.relu(norm()(y)))
+        return x + y
+
+
+class WideResNet(nn.Module):
+    """``6 * blocks + 4`` weight layers, ``widen`` times as wide as ``ResNetCifar``."""
+
+    blocks: int
+    widen: int
+    num_classes: int
     batch_norm: str = 'local'
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        norm = norm_layer(self.batch_norm, self.dtype, train)
-        x = Conv(
-            self.width,
-            (3, 3),
-            padding=1,
-            use_bias=False,
-            kernel_init=fan_out_normal,
-            dtype=self.dtype,
-        )(images.astype(self.dtype))
-        x = nn.relu(norm()(x))
+        x = _conv(16, 3, 1, self.dtype)(images.astype(self.dtype))
         for group in range(3):
             for block in range(self.blocks):
                 stride = 2 if group > 0 and block == 0 else 1
-                x = Block(self.width * 2**group, stride, self.batch_norm, self.dtype)(x, train=train)
+                features = 16 * self.widen * 2**group
+                x = WideBlock(features, stride, self.batch_norm, self.dtype)(x, train=train)
+        x = nn.relu(norm_layer(self.batch_norm, self.dtype, train)()(x))
         return Classifier(self.num_classes)(x.mean(axis=(1, 2)))
