@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 FOLDER = 'checkpoints'
+UNEVALUATED = -1.0  # instead of an accuracy
 
 
 def _metric(metrics: dict[str, float]) -> float:
@@ -31,28 +32,25 @@ class Checkpointer:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(2),
-                        checkpoint_managers.BestN(
-                            get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False
-                        ),
+                        checkpoint_managers.BestN(get_metric_fn=_metric, n=1),
                     ]
                 ),
             ),
         )
 
-    def save(
-        self, step: int, state: Any, host: dict[str, Any], metrics: dict[str, float] | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, host: dict[str, Any], accuracy: float | None = None) -> None:
         """Begins to save; the state's buffers may be donated as soon as this returns.
 
         Args:
           step: updates taken, the name of the checkpoint.
           state: pytree of arrays.
           host: JSON-able state of the host.
-          metrics: ``accuracy`` of an evaluation of this very state, for keeping the best.
+          accuracy: of an evaluation of this very state, for keeping the best; None without one.
         """
         if step in self._manager.all_steps():
             return  # the end of the run, saved already
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+        metrics = {'accuracy': UNEVALUATED if accuracy is None else accuracy}
         self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def close(self) -> None:
@@ -77,10 +75,11 @@ def best_step(directory: str | os.PathLike) -> int | None:
     for step in steps(directory):
         try:
             metrics = json.loads(pathlib.Path(directory, str(step), 'metrics/metrics').read_text())
-            scored.append((metrics['accuracy'], step))
+            if metrics['accuracy'] > UNEVALUATED:
+                scored.append((metrics['accuracy'], step))
         except (OSError, ValueError, KeyError):
             continue
-    return max(scored)[1] if scored else None
+    return max(scored, default=(0, None))[1]
 
 
 def restore(

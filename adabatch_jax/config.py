@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,18 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def user_errors(key: str = ''):
-    """Turns what the parts raise about their arguments into a ``ConfigError`` naming ``key``."""
+def user_errors(key: str):
+    """Turns what the parts raise about their arguments into a ``ConfigError`` naming ``key``.
+
+    A message that begins with the name of an argument, as in ``max_size: got 3``, continues the key.
+    """
     try:
         yield
     except ConfigError:
         raise
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f'{key}: {error}' if key else str(error)) from error
+    except (ValueError, OSError) as error:
+        joint = '.' if re.match(r'\w+: ', str(error)) else ': '
+        raise ConfigError(f'{key}{joint}{error}') from error
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -101,7 +106,6 @@ def default_config() -> ml_collections.ConfigDict:
 RUNTIME_KEYS = (
     'compile.precompile',
     'compile.cache_dir',
-    'dataset.data_dir',
     'dataset.pipeline',
     'dataset.eval_batch_size',
     'checkpoint_every_epochs',
@@ -143,8 +147,6 @@ _CHOICES = {
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
-    'learning_rate.schedule': ('constant', 'step', 'cosine', 'polynomial'),
-    'learning_rate.coupling': ('linear', 'sqrt', 'none'),
 }
 
 
@@ -171,6 +173,16 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     if missing := sorted(defaults.keys() - given.keys()):
         raise ConfigError(f'config.{missing[0]}: missing; start from config.default_config()')
 
+    for key, default in defaults.items():
+        kinds = (float, int) if isinstance(default, float) else (type(default),)
+        if type(given[key]) not in kinds:
+            raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: a value such as {default!r}')
+    for epoch in given['learning_rate.decay_at_epochs']:
+        if not isinstance(epoch, int | float) or not 0 < epoch < math.inf:
+            raise ConfigError(
+                f'config.learning_rate.decay_at_epochs: got {epoch!r}; accepted: positive numbers'
+            )
+
     def check(keys, accepted, is_good):
         for key in keys:
             value = given[key]
@@ -183,6 +195,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
     fractions = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2')
     check(fractions, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
+    check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:
             raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')
@@ -212,11 +225,22 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def differences(ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict) -> list[str]:
-    """The keys, other than ``RUNTIME_KEYS``, whose values differ, as ``key (ours, theirs)``."""
+def differences(
+    ours: ml_collections.ConfigDict,
+    theirs: ml_collections.ConfigDict,
+    may_differ: tuple[str, ...] = (),
+) -> list[str]:
+    """The keys whose values differ, as ``key (ours, theirs)``.
+
+    ``RUNTIME_KEYS`` and those in ``may_differ`` are left out; so is the folder of a data set that its
+    name identifies.
+    """
     a, b = flatten(ours), flatten(theirs)
+    ignored = {*RUNTIME_KEYS, *may_differ}
+    if ours.dataset.name != 'npz':
+        ignored.add('dataset.data_dir')
     return [
         f'{key} ({a.get(key)!r} here, {b.get(key)!r} there)'
-        for key in sorted(a.keys() | b.keys())
-        if key not in RUNTIME_KEYS and a.get(key) != b.get(key)
+        for key in sorted((a.keys() | b.keys()) - ignored)
+        if a.get(key) != b.get(key)
     ]

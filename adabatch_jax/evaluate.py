@@ -37,6 +37,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
     Raises:
       ConfigError: no run there, or no data.
     """
+    steps.enable_persistent_cache(config.compile.cache_dir)
     run = describe(config)
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
     with user_errors('workdir'):

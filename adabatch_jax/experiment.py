@@ -64,7 +64,7 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
         clock = schedules.Clock(info.num_train, config.num_epochs, config.dataset.remainder)
     with user_errors('config.learning_rate'):
         rate = schedules.LearningRate(
-            schedules.effective_schedule(config.learning_rate, config.num_epochs),
+            schedules.effective_schedule(config.learning_rate, clock),
             config.learning_rate.coupling,
             config.learning_rate.reference_batch_size,
         )

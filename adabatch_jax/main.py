@@ -7,6 +7,7 @@ diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
 """
 
 import difflib
+import pathlib
 import signal
 import sys
 import threading
@@ -51,7 +52,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # a config file is the user's code: it can raise anything
-        raise ConfigError(f'--config: {str(error).strip().splitlines()[-1]}') from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f'--config: {lines[-1]}') from error
     if rest:
         raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
     return values
@@ -86,6 +88,8 @@ def run(values: flags.FlagValues) -> int:
         if values.mode != 'eval':
             raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
         config = workdir.read_config(directory)
+    elif values.mode == 'eval':
+        workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
     if values.mode == 'plan':
         terminal.print_plan(train.plan(config))
         return 0
@@ -94,8 +98,7 @@ def run(values: flags.FlagValues) -> int:
         terminal.print_evaluation(result)
         return 0
     stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         train.train(config, directory, stop)
     except train.Preempted as reason:
@@ -104,6 +107,8 @@ def run(values: flags.FlagValues) -> int:
     except train.Diverged as reason:
         print(f'error: {reason}', file=sys.stderr)
         return 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
     terminal.print_stages(read_records(directory))
     return 0
 

@@ -27,6 +27,7 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike):
         from tensorboardX import SummaryWriter
 
+        self.workdir = workdir
         path = pathlib.Path(workdir, METRICS_FILE)
         _drop_broken_tail(path)
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()

@@ -74,7 +74,7 @@ def create(
       ValueError: an unknown name, or an unknown choice of ``decayed``.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f'optimizer: got {name!r}; accepted: {", ".join(OPTIMIZERS)}')
+        raise ValueError(f'name: got {name!r}; accepted: {", ".join(OPTIMIZERS)}')
     if decayed not in DECAYED:
         raise ValueError(f'decayed: got {decayed!r}; accepted: {", ".join(DECAYED)}')
     mask = is_kernel if decayed == 'kernels' else None

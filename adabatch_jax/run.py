@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from adabatch_jax import distributed, metrics, policies, schedules, steps, terminal, train_state
 from adabatch_jax.evaluate import evaluate
@@ -39,13 +40,13 @@ class Run:
     def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host=None):
         host = host or {
             'policy': experiment.policy.initial_state(),
-            'decision': None,
+            'upcoming': None,
             'stage': -1,
             'batch_size': 0,
             'window': {},
             'observed': {},
             'evaluation': None,
-            'best_accuracy': 0.0,
+            'best_accuracy': -1.0,
             'seconds': {'wall': 0.0, 'train': 0.0, 'compile': 0.0},
         }
         self.experiment, self.clock = experiment, experiment.clock
@@ -66,9 +67,15 @@ class Run:
         self.step_fn: Callable | None = None
         self.batches: Iterator[Any] = iter(())
         self.in_flight: InFlight | None = None
-        self.decision = host['decision'] and policies.Decision(**host['decision'])
         self.upcoming: schedules.Update | None = None
-        self.decide(self.decision)
+        self.reason = ''  # why the upcoming update has its batch size
+        if self.step == 0:
+            self.decide()
+        elif host['upcoming'] is not None:
+            self.reason = host['upcoming']['reason']
+            self.upcoming = self.clock.update_at(
+                host['upcoming']['start'], host['upcoming']['batch_size']
+            )
         self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
 
     @property
@@ -94,12 +101,17 @@ class Run:
     def host_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, in JSON types.
 
-        The decision for the next update is part of it: it was taken one observation behind, and a
-        continued run must not take it again with what has been observed since.
+        The upcoming update is part of it: it was decided one observation behind, and a continued
+        run must not decide it again with what has been observed since.
         """
         return {
             'policy': self.policy_state,
-            'decision': dataclasses.asdict(self.decision),
+            'upcoming': self.upcoming
+            and {
+                'start': self.upcoming.start,
+                'batch_size': self.upcoming.batch_size,
+                'reason': self.reason,
+            },
             'stage': self.stage,
             'batch_size': self.batch_size,
             'window': self.window,
@@ -111,14 +123,24 @@ class Run:
 
     # ---------------------------------------------------------------------------- each update
 
-    def decide(self, decision: policies.Decision | None = None) -> None:
-        """Chooses the next update; ``decision`` is one that was taken before the run stopped."""
+    def decide(self) -> None:
+        """Chooses the update after the one that was dispatched last."""
 
         def batch_size_at(examples_seen: int) -> int:
-            self.decision = decision or self.experiment.policy.decide(self.policy_state, examples_seen)
-            return self.decision.batch_size
+            decision = self.experiment.policy.decide(self.policy_state, examples_seen)
+            self.reason = decision.reason
+            return decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
+
+    @property
+    def changes_stage(self) -> bool:
+        """Whether the upcoming update does not simply follow on the last one.
+
+        Its batch size differs, or the clock skips what is left of an epoch for a batch that does not
+        fit: either way it takes another stream of batches.
+        """
+        return self.upcoming.batch_size != self.batch_size or self.upcoming.start != self.examples_seen
 
     def learning_rate(self, update: schedules.Update) -> float:
         return self.experiment.learning_rate(self.clock.epoch(update.start), update.batch_size)
@@ -178,10 +200,9 @@ class Run:
 
     def enter_stage(self) -> None:
         """Switches to the batch size of the next update: its compiled step and its batches."""
-        update, decision = self.upcoming, self.decision
+        update, new = self.upcoming, self.changes_stage
         with self.paused():
-            continues = update.batch_size == self.batch_size  # entered before the run was stopped
-            if not continues:
+            if new:
                 self.write_window()
             waiting_since = time.perf_counter()
             spec = self.experiment.train_spec(update.batch_size)
@@ -193,7 +214,7 @@ class Run:
             self.batches = itertools.chain([next(batches)], batches)
             stall_seconds = time.perf_counter() - waiting_since
         self.batch_size = update.batch_size
-        self.stage += not continues
+        self.stage += new
         self.seconds['compile'] += self.step_fn.compile_seconds
         share = update.batch_size // self.experiment.plan.num_devices
         self.record(
@@ -209,11 +230,11 @@ class Run:
             stall_seconds=stall_seconds,
             cache_hit=self.step_fn.cache_hit,
             memory_bytes=self.step_fn.memory_bytes,
-            reason=f'continued: {decision.reason}' if continues else decision.reason,
+            reason=self.reason if new else f'continued: {self.reason}',
         )
         self.display.say(
             f'epoch {self.epoch:.4g}: stage {self.stage}, batch size {update.batch_size}, learning '
-            f'rate {self.learning_rate(update):.5g} ({decision.reason})'
+            f'rate {self.learning_rate(update):.5g} ({self.reason})'
         )
         if self.experiment.config.compile.precompile:
             self.precompile()
@@ -252,10 +273,11 @@ class Run:
         self.display.update(self.observed['examples_seen'], **fields)
 
     def evaluate(self) -> None:
-        """Evaluates the current state and writes the ``eval`` record."""
+        """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
         with self.paused():
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
         self.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
+        is_best = result['accuracy'] > self.best_accuracy
         self.best_accuracy = max(self.best_accuracy, result['accuracy'])
         split = self.experiment.config.dataset.eval_split
         self.record('eval', self.step, self.examples_seen, split=split, **result)
@@ -263,13 +285,27 @@ class Run:
             f'epoch {self.epoch:.4g}: {split} loss {result["loss"]:.4f}, accuracy '
             f'{result["accuracy"]:.2%}'
         )
+        if is_best:
+            self.save()
 
     def save(self) -> None:
         """Begins to save a checkpoint; training goes on while it is written."""
         with self.paused():
+            norm = float(optax.tree.norm(self.state.params))
+            if not math.isfinite(norm):  # the last loss was that of the parameters before
+                raise Diverged(
+                    f'training diverged: the parameters after update {self.step} (stage '
+                    f'{self.stage}, batch size {self.batch_size}) are not finite'
+                )
             evaluated = self.evaluation is not None and self.evaluation['step'] == self.step
-            scores = {'accuracy': self.evaluation['accuracy']} if evaluated else None
-            self.checkpointer.save(self.step, self.state, self.host_state(), scores)
+            accuracy = self.evaluation['accuracy'] if evaluated else None
+            self.checkpointer.save(self.step, self.state, self.host_state(), accuracy)
+
+    def written_summary(self) -> dict[str, Any] | None:
+        """The summary that an earlier process wrote of this position, if it did."""
+        records = reversed(metrics.read_records(self.writer.workdir))
+        last = next((r for r in records if r['kind'] == 'summary'), None)
+        return last if last and last['step'] == self.step else None
 
     def finish(self) -> dict[str, Any]:
         """Evaluates and saves the end of the run unless that was done, and writes the summary."""

@@ -263,11 +263,10 @@ class StepCache:
             self._used.add(spec)
         return step
 
-    def clear(self) -> None:
-        """Forgets every step, for notebooks that go through many models."""
+    def cancel_waiting(self) -> None:
+        """Gives up what has not begun to compile, so that a process need not wait for it to end."""
         with self._lock:
-            self._futures.clear()
-            self._used.clear()
+            self._futures = {s: f for s, f in self._futures.items() if not f.cancel()}
 
 
 CACHE = StepCache()
@@ -296,19 +295,17 @@ def enable_persistent_cache(directory: str) -> None:
     """Keeps compiled code on disk from one process to the next.
 
     Args:
-      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, or where JAX was already told one, that;
-        ``''`` for none. Each version of jaxlib has a folder of its own.
+      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, or the one that the environment variable
+        ``JAX_COMPILATION_CACHE_DIR`` names; ``''`` for none. Each version of jaxlib has its own folder.
     """
     if directory == 'auto':
-        if jax.config.jax_compilation_cache_dir:
+        if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
             return
         home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
         directory = os.path.join(home, 'adabatch_jax')
-    if not directory:
-        jax.config.update('jax_compilation_cache_dir', None)
-        return
-    directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
-    jax.config.update('jax_compilation_cache_dir', directory)
+    if directory:
+        directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
+    jax.config.update('jax_compilation_cache_dir', directory or None)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     compilation_cache.reset_cache()  # it may have been opened elsewhere, by an earlier compilation

@@ -53,20 +53,23 @@ def train(
     """
     config = resolve(config)
     with open_run(config, pathlib.Path(directory)) as run:
-        if run.upcoming is None:
+        if run.upcoming is None and (summary := run.written_summary()):
             run.display.say('this run is complete: nothing is left to train')
+            return summary
         while run.upcoming is not None:
-            if run.step_fn is None or run.upcoming.batch_size != run.batch_size:
+            if run.step_fn is None or run.changes_stage:
                 run.enter_stage()
             flight = run.dispatch()
             run.observe()  # update k - 1, while update k runs: never more than one in flight
             run.in_flight = flight
             run.decide()
+            if run.upcoming is None:
+                break
             if run.is_due(config.eval_every_epochs):
                 run.evaluate()
             if run.is_due(config.checkpoint_every_epochs):
                 run.save()
-            if stop is not None and stop.is_set() and run.upcoming is not None:
+            if stop is not None and stop.is_set():
                 run.save()
                 raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
         return run.finish()
@@ -82,26 +85,26 @@ def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -
     """Sets up a run at the position that its work directory holds, and closes its files."""
     steps.enable_persistent_cache(config.compile.cache_dir)
     experiment = describe(config)
-    workdir.check(config, directory)
-    folder = directory / checkpoint.FOLDER
-    host = None
+    with user_errors('workdir'):
+        workdir.check(config, directory)
+    folder, host = directory / checkpoint.FOLDER, None
     state = train_state.create(
         experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
     )
     if checkpoint.steps(folder):
         state, host = checkpoint.restore(folder, target=state)
     state = jax.device_put(state, distributed.replicated())
-    if config.compile.precompile:  # the first step compiles while the data is read
-        first = experiment.plan.stages[0].batch_size
-        size = host['decision']['batch_size'] if host else first
-        steps.CACHE.precompile(experiment.train_spec(size))
+    upcoming = host['upcoming'] if host else {'batch_size': experiment.plan.stages[0].batch_size}
+    if config.compile.precompile and upcoming:  # the first step compiles while the data is read
+        steps.CACHE.precompile(experiment.train_spec(upcoming['batch_size']))
     with user_errors('config.dataset'):
         pipeline = input_pipeline.create(config, experiment.clock)
     workdir.create(config, experiment.plan, directory)
-    with (
-        contextlib.closing(metrics.MetricsWriter(directory)) as writer,
-        contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer,
-    ):
-        run = Run(experiment, pipeline, writer, checkpointer, state, host)
-        with run.display:
-            yield run
+    with contextlib.ExitStack() as stack:
+        stack.callback(steps.CACHE.cancel_waiting)
+        with user_errors('workdir'):
+            writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(directory)))
+            saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(folder)))
+        run = Run(experiment, pipeline, writer, saver, state, host)
+        stack.enter_context(run.display)
+        yield run

@@ -6,6 +6,9 @@ In a notebook::
     state = train_state.restore('runs/quickstart')
     model = models.get_model('resnet8', num_classes=10)
     logits = model.apply(state.variables, images, train=False)
+
+``images`` are float32 ``[batch, height, width, channels]``, normalised as in training: see
+``experiment.describe(config).train_spec(...).normalize``.
 """
 
 import hashlib

@@ -24,12 +24,19 @@ def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
         return from_json(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise ConfigError(f'workdir: no run in {str(workdir)!r}: {CONFIG_FILE} is missing') from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f'workdir: cannot read {str(path)!r}: {error}') from error
 
 
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, may_differ: tuple[str, ...] = ()
+) -> None:
     """Refuses a work directory that belongs to something else; writes nothing.
+
+    Args:
+      config: the resolved config of what is to be done with it.
+      workdir: the directory.
+      may_differ: keys whose values need not be those of the run.
 
     Raises:
       ConfigError: it holds a run of another config, and which keys differ; or files of a run
@@ -38,7 +45,7 @@ def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f'workdir: {str(workdir)!r} is a file; accepted: a directory')
     if (workdir / CONFIG_FILE).exists():
-        if differing := differences(config, resolve(read_config(workdir))):
+        if differing := differences(config, resolve(read_config(workdir)), may_differ):
             raise ConfigError(
                 f'workdir: {str(workdir)!r} holds a run of another config; differing: '
                 f'{"; ".join(differing)}; choose another --workdir, or the same settings'

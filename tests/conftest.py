@@ -1,11 +1,14 @@
 """Two virtual CPU devices for every test, and the command line in a process of its own."""
 
 import os
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
 
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +24,9 @@ def two_devices():
 
 
 @pytest.fixture(scope='session', autouse=True)
-def private_compilation_cache(tmp_path_factory):
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
+def private_compilation_cache():
+    yield
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture

@@ -188,6 +188,12 @@ def save_npz(folder, count=12, labels=None, **arrays):
     return images, labels
 
 
+def test_npz_folder_may_hold_other_files(tmp_path):
+    save_npz(tmp_path)
+    np.savez(tmp_path / 'stats.npz', mean=0.0)
+    assert input_pipeline.dataset_info(npz_config(tmp_path)).num_eval == 12
+
+
 def npz_config(folder):
     config = default_config()
     config.dataset.update(dict(name='npz', data_dir=str(folder)))
@@ -273,5 +279,5 @@ def test_tfds_data_is_read_from_its_folder(tmp_path):
 def test_unknown_data_set_lists_what_exists():
     config = default_config()
     config.dataset.name = 'cifar'
-    with pytest.raises(ValueError, match="got 'cifar'; accepted: digits, synthetic, npz, cifar10"):
+    with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz, cifar10"):
         input_pipeline.dataset_info(config.dataset)

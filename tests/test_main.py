@@ -83,16 +83,17 @@ MISTAKES = {
     '--config.batch.base_size=-8': 'config.batch.base_size: got -8; accepted: a positive number',
     '--config.seed=-1': 'config.seed: got -1; accepted: zero or a positive number',
     '--config.batch.growth_factor=1': 'config.batch.growth_factor: got 1.0; accepted: a number above 1',
+    '--config.seed=4294967296': 'accepted: a whole number below 2^32',
     '--config.optimizer.momentum=1': 'config.optimizer.momentum: got 1.0; accepted',
     '--config.batch.base_size=9': 'batch size 9 does not divide evenly over 2 devices',
     '--config.batch.base_size=128': 'batch size 128 is larger than the data set (64 examples)',
     '--config.batch.max_size=8': 'the batch never grows',
-    '--config.batch.policy=adabtach': "policy: got 'adabtach'; accepted: adabatch",
-    '--config.model.name=resnet9': "model: got 'resnet9'; accepted: alexnet",
+    '--config.batch.policy=adabtach': "config.batch.policy: got 'adabtach'; accepted: adabatch",
+    '--config.model.name=resnet9': "config.model.name: got 'resnet9'; accepted: alexnet",
     '--config.model.dtype=float16': "config.model.dtype: got 'float16'; accepted: float32, bfloat16",
-    '--config.dataset.name=mnist2': "data set: got 'mnist2'; accepted: digits",
+    '--config.dataset.name=mnist2': "config.dataset.name: got 'mnist2'; accepted: digits",
     '--config.dataset.train_split=valid': "split: got 'valid'; accepted: train, test",
-    '--config.optimizer.name=adamw2': "optimizer: got 'adamw2'; accepted: sgd",
+    '--config.optimizer.name=adamw2': "config.optimizer.name: got 'adamw2'; accepted: sgd",
     '--config.learning_rate.coupling=cubic': "config.learning_rate.coupling: got 'cubic'",
     '--config.learning_rate.warmup_epochs=5': 'warmup_epochs: got 5',
     '--config.batch.stages=((0,8': 'config.batch.stages',
@@ -127,6 +128,7 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         (('--mode=eval', f'--workdir={tmp_path}'), 'config.json is missing'),
         ((f'--config={tiny_file}', f'--workdir={tiny_file}'), 'is a file; accepted: a directory'),
         ((f'--config={tiny_file}', '--workdir=/proc/run'), "cannot write to '/proc/run'"),
+        ((f'--config={tiny_file}', f'--workdir={"x" * 300}'), 'File name too long'),
     ]:
         assert call(*arguments) == 2
         error = capsys.readouterr().err
@@ -140,6 +142,9 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         ("config.num_epochs = 'ten'", 'num_epochs'),
         ('config.model = 1 / 0', 'division by zero'),
         ('config.batch.base_size = ', 'invalid syntax'),
+        ('config.batch.max_size = None', 'config.batch.max_size: got None'),
+        ('config.learning_rate.decay_at_epochs = ((1, 2),)', 'decay_at_epochs: got (1, 2)'),
+        ('assert False', 'AssertionError'),
     ],
 )
 def test_a_config_file_with_a_mistake_is_one_line(line, expected, tiny_file, capsys):
@@ -162,6 +167,23 @@ def test_divergence_exits_with_3(tiny_file, tmp_path, capsys):
     flags = (f'--config={tiny_file}', f'--workdir={tmp_path / "run"}')
     assert call(*flags, '--config.learning_rate.effective=1e25') == 3
     assert re.search(r'error: training diverged: .*update \d+, stage 0', capsys.readouterr().err)
+
+
+def test_divergence_in_the_last_update_is_found(tiny_file, tmp_path, capsys):
+    flags = (f'--config={tiny_file}', f'--workdir={tmp_path / "run"}', '--config.num_epochs=0.1')
+    assert call(*flags, '--config.learning_rate.effective=1e38') == 3
+    assert 'the parameters after update 1 ' in capsys.readouterr().err
+    assert not [r for r in metrics.read_records(tmp_path / 'run') if r['kind'] == 'summary']
+
+
+def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_path, capsys):
+    flags = (f'--config={tiny_file}', f'--workdir={tmp_path / "run"}')
+    assert call(*flags, '--config.num_epochs=0.25') == 0
+    evaluation = (*flags, '--mode=eval', '--config.num_epochs=0.25')
+    assert call(*evaluation, '--config.dataset.eval_split=train[:16]') == 0
+    assert 'of 16 examples' in capsys.readouterr().out
+    assert call(*evaluation, '--config.model.name=resnet14') == 2
+    assert "model.name ('resnet14' here, 'resnet8' there)" in capsys.readouterr().err
 
 
 def test_help_explains_the_flags(capsys):

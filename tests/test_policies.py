@@ -15,7 +15,7 @@ def make(num_examples=50_000, remainder='drop', **changes):
     config.update_from_flattened_dict(changes)
     clock = schedules.Clock(num_examples, config.num_epochs, config.dataset.remainder)
     rate = schedules.LearningRate(
-        schedules.effective_schedule(config.learning_rate, config.num_epochs),
+        schedules.effective_schedule(config.learning_rate, clock),
         config.learning_rate.coupling,
         config.learning_rate.reference_batch_size,
     )
@@ -52,6 +52,36 @@ def test_growth_past_the_ceiling_with_nothing_to_do_is_refused():
         make(**{'batch.max_size': 1024, 'learning_rate.schedule': 'constant'})
     with pytest.raises(ValueError, match='the batch never grows'):
         make(**{'batch.max_size': 128})
+
+
+def test_growth_that_rounds_down_to_nothing_is_refused():
+    with pytest.raises(ValueError, match='growth_factor 1.4: the batch never grows'):
+        make(**{'batch.base_size': 2, 'batch.growth_factor': 1.4})
+
+
+def test_without_a_ceiling_the_ladder_ends_at_the_largest_power_that_the_data_set_holds():
+    for num_examples, top in ((1023, 512), (1024, 1024), (1025, 1024)):
+        policy, _ = make(num_examples, **{'batch.policy': 'plateau', 'batch.base_size': 8})
+        assert policy.ladder[-1] == top
+
+
+@pytest.mark.parametrize(
+    'num_examples, base, every', [(50_000, 100, 0.2), (1437, 8, 2.5), (1_281_167, 256, 0.7)]
+)
+def test_growth_and_decay_fall_on_the_same_update(num_examples, base, every):
+    _, plan = make(
+        num_examples,
+        'carry',
+        **{
+            'batch.base_size': base,
+            'batch.growth_epochs': every,
+            'learning_rate.decay_epochs': every,
+            'learning_rate.reference_batch_size': base,
+            'num_epochs': 5 * every,
+        },
+    )
+    rates = [r for s in plan.stages for r in (s.learning_rate_start, s.learning_rate_end)]
+    assert rates == pytest.approx([0.01 * 0.75**k for k in range(5) for _ in range(2)])
 
 
 def test_growth_past_the_data_set_is_refused():
@@ -110,6 +140,11 @@ def test_increase_dont_decay_decays_again_at_the_ceiling():
     assert plan.stages[1].learning_rate_end == pytest.approx(0.1 * 0.2 * 0.2)
     partly = smith(**{'batch.max_size': 320})
     assert partly.stages[1].learning_rate_start == pytest.approx(0.1 * 2.5 * 0.2)
+
+
+def test_increase_dont_decay_grows_by_the_exact_inverse_of_the_decay():
+    plan = smith(**{'batch.base_size': 96, 'learning_rate.decay_factor': 0.75})
+    assert plan.stages[1].batch_size == 128
 
 
 def test_increase_dont_decay_needs_a_schedule_that_decays():

@@ -139,7 +139,7 @@ def test_no_example_is_used_twice_in_an_epoch_whatever_the_batch_sizes(num_examp
     'epoch, expected', [(0, 0.1), (29.9999999, 0.1), (30, 0.01), (59.99999992, 0.01), (60, 0.001)]
 )
 def test_step_schedule_decays_at_and_not_before_its_epochs(epoch, expected):
-    schedule = schedules.effective_schedule(rate_config(schedule='step'), 90)
+    schedule = schedules.effective_schedule(rate_config(schedule='step'), Clock(1000, 90))
     assert LearningRate(schedule, 'none')(epoch, 128) == pytest.approx(expected, rel=1e-12)
 
 
@@ -154,7 +154,8 @@ def test_last_update_before_a_decay_keeps_the_rate_on_imagenet():
 
 def test_listed_decay_epochs_replace_the_interval():
     schedule = schedules.effective_schedule(
-        rate_config(schedule='step', decay_factor=0.2, decay_at_epochs=(60, 120, 160)), 200
+        rate_config(schedule='step', decay_factor=0.2, decay_at_epochs=(60, 120, 160)),
+        Clock(1000, 200),
     )
     rate = LearningRate(schedule, 'none')
     rates = [rate(e, 1) for e in (59.9, 60, 119.9, 120, 159.9, 160, 199)]
@@ -163,7 +164,7 @@ def test_listed_decay_epochs_replace_the_interval():
 
 def test_cosine_falls_from_the_end_of_warmup_to_zero_at_the_end():
     config = rate_config(schedule='cosine', warmup_epochs=10.0)
-    rate = LearningRate(schedules.effective_schedule(config, 110), 'none')
+    rate = LearningRate(schedules.effective_schedule(config, Clock(1000, 110)), 'none')
     rates = [rate(e, 1) for e in (0, 5, 10, 35, 60, 110)]
     quarter = 0.1 * 0.5 * (1 + math.cos(math.pi / 4))
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, quarter, 0.05, 0], atol=1e-12)
@@ -171,14 +172,14 @@ def test_cosine_falls_from_the_end_of_warmup_to_zero_at_the_end():
 
 def test_polynomial_falls_with_its_power():
     config = rate_config(schedule='polynomial', warmup_epochs=5.0)
-    rate = LearningRate(schedules.effective_schedule(config, 90), 'none')
+    rate = LearningRate(schedules.effective_schedule(config, Clock(1000, 90)), 'none')
     expected = [0.1, 0.1 * (1 - 17 / 85) ** 2, 0.1 * 0.5**2, 0]
     np.testing.assert_allclose([rate(e, 1) for e in (5, 22, 47.5, 90)], expected, atol=1e-12)
 
 
 def test_warmup_rises_linearly_from_its_initial_fraction():
     config = rate_config(schedule='step', warmup_epochs=5.0, warmup_initial=0.1)
-    rate = LearningRate(schedules.effective_schedule(config, 90), 'none')
+    rate = LearningRate(schedules.effective_schedule(config, Clock(1000, 90)), 'none')
     expected = [0.01, 0.055, 0.1, 0.1, 0.01]
     np.testing.assert_allclose([rate(e, 1) for e in (0, 2.5, 5, 29.9, 30)], expected, rtol=1e-12)
 
@@ -222,6 +223,12 @@ def test_batch_splits_into_the_fewest_equal_microbatches(batch_size, devices, li
 def test_plan_refuses_what_would_fail_later(transitions, message):
     with pytest.raises(ValueError, match=message):
         make_plan(Clock(100, 3), transitions, HALVING, num_devices=4)
+
+
+def test_stages_of_one_batch_size_that_touch_are_one_stage():
+    transitions = [Transition(0, 8, 'a'), Transition(9, 4, 'b'), Transition(16, 8, 'c')]
+    plan = make_plan(Clock(100, 1), transitions, HALVING)  # no update begins in [9, 16)
+    assert [(s.batch_size, s.num_updates) for s in plan.stages] == [(8, 13)]
 
 
 @pytest.mark.parametrize('arguments', [(0, 1), (10, 0), (10, -1), (10, math.nan), (10, math.inf)])

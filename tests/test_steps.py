@@ -1,6 +1,7 @@
 """Train and evaluation steps against NumPy in double precision, and what is compiled when."""
 
 import dataclasses
+import threading
 
 import flax.linen as nn
 import jax
@@ -207,6 +208,25 @@ def test_a_step_that_does_not_compile_raises_where_it_is_needed_and_may_be_tried
     assert cache.get(make_spec()).compile_seconds == 1.0
 
 
+def test_what_has_not_begun_to_compile_can_be_given_up_and_asked_for_again():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compile_step(spec):
+        begun.set()
+        go_on.wait(60)
+        return steps.CompiledStep(print, float(spec.batch_size), False, 0)
+
+    cache = steps.StepCache(compile_step)
+    cache.precompile(make_spec(batch_size=8))
+    waiting = cache.precompile(make_spec(batch_size=16))
+    assert begun.wait(60)
+    cache.cancel_waiting()
+    assert waiting.cancelled()
+    go_on.set()
+    assert cache.get(make_spec(batch_size=8)).compile_seconds == 8
+    assert cache.get(make_spec(batch_size=16)).compile_seconds == 16
+
+
 def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
     before = {
         name: getattr(jax.config, name)
@@ -255,7 +275,7 @@ def test_learning_rate_enters_through_the_optimizers_hyperparameter():
 
 
 def test_unknown_optimizer_and_model_list_what_exists():
-    with pytest.raises(ValueError, match="got 'sdg'; accepted: sgd, lars"):
+    with pytest.raises(ValueError, match="name: got 'sdg'; accepted: sgd, lars"):
         optimizers.create('sdg')
     with pytest.raises(ValueError, match="got 'resnet21'; accepted: alexnet, .*resnet20"):
         models.get_model('resnet21', 10)

@@ -1,5 +1,6 @@
 """Whole runs: what they write, and that a continued run ends as one never stopped."""
 
+import itertools
 import json
 import math
 import threading
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from adabatch_jax import checkpoint, metrics, steps, train, train_state
+from adabatch_jax import checkpoint, metrics, run, steps, train, train_state
 from adabatch_jax.config import ConfigError
+from adabatch_jax.input_pipeline import order
 
 FIELDS = {
     'train': {
@@ -195,17 +197,71 @@ def test_a_run_that_decides_from_its_loss_continues_with_the_same_decisions(tmp_
         assert train.train(plateau_config(), directory)['params_digest'] == whole['params_digest']
 
 
+def test_a_batch_that_does_not_fit_into_the_rest_of_an_epoch_keeps_clock_and_data_together(tmp_path):
+    """From 88 of 100 examples on, a batch of 16 does not fit: the next update starts at 100."""
+    config = tiny(
+        **{
+            'batch.policy': 'stages',
+            'batch.stages': ((0, 8), (0.88, 16), (1, 8)),
+            'num_epochs': 2.0,
+            'dataset.remainder': 'drop',
+        }
+    )
+    whole = train.train(config, tmp_path / 'whole')
+    plan = json.loads((tmp_path / 'whole' / 'plan.json').read_text())
+    assert [(s['start'], s['num_updates']) for s in plan['stages']] == [(0, 11), (100, 12)]
+    assert whole['updates'] == 23
+    assert [s['batch_size'] for s in of_kind(tmp_path / 'whole', 'stage')] == [8, 8]
+    for stop_at in (10, 11, 12):
+        with pytest.raises(train.Preempted):
+            train.train(config, tmp_path / str(stop_at), StopAt(stop_at - 1))
+        again = train.train(config, tmp_path / str(stop_at))
+        assert (again['updates'], again['params_digest']) == (23, whole['params_digest'])
+
+
+def test_every_update_gets_the_batch_of_its_position(tmp_path, monkeypatch):
+    """The position that the pipeline serves is the clock's, through every kind of transition."""
+    served, asked = [], []
+    original = run.Run.dispatch
+
+    def dispatch(self):
+        batches, self.batches = self.batches, None
+        batch = next(batches)
+        served.append(np.asarray(batch['label']).ravel())
+        asked.append((self.upcoming, self.pipeline))
+        self.batches = itertools.chain([batch], batches)
+        return original(self)
+
+    monkeypatch.setattr(run.Run, 'dispatch', dispatch)
+    stages = ((0, 8), (0.3, 20), (0.88, 16), (1, 8), (1.5, 4))
+    for remainder in ('drop', 'carry'):
+        config = tiny(
+            **{
+                'batch.policy': 'stages',
+                'batch.stages': stages,
+                'num_epochs': 2.0,
+                'dataset.remainder': remainder,
+            }
+        )
+        train.train(config, tmp_path / remainder)
+    for labels, (update, pipeline) in zip(served, asked, strict=True):
+        examples, _ = order.examples_at(0, 100, update.start, update.batch_size)
+        np.testing.assert_array_equal(labels, pipeline._labels[examples])
+
+
 def test_a_finished_run_is_left_as_it_is(finished):
     directory, summary = finished
+    before = (directory / 'metrics.jsonl').read_bytes()
     assert train.train(tiny(), directory)['params_digest'] == summary['params_digest']
-    assert len(of_kind(directory, 'eval')) == 3
+    assert (directory / 'metrics.jsonl').read_bytes() == before
 
 
 def test_continuing_in_the_same_process_compiles_nothing(tmp_path):
-    config = tiny(**{'model.name': 'resnet14', 'num_epochs': 1.0, 'batch.growth_epochs': 0.5})
+    changes = {'num_epochs': 1.0, 'batch.growth_epochs': 0.5, 'eval_every_epochs': 0.5}
+    config = tiny(**{'model.name': 'resnet14'} | changes)
     before = steps.CACHE.num_compiles
     with pytest.raises(train.Preempted):
-        train.train(config, tmp_path, StopAt(2))
+        train.train(config, tmp_path, StopAt(8))  # in the second stage, after an evaluation
     started = steps.CACHE.num_compiles
     assert started - before == 3  # two batch sizes and the evaluation
     train.train(config, tmp_path)
@@ -235,6 +291,15 @@ def test_latest_and_best_checkpoints_are_kept(finished):
     assert checkpoint.steps(folder)[-1] == summary['updates']
     assert checkpoint.best_step(folder) == best['step']
     assert len(checkpoint.steps(folder)) <= 3
+
+
+def test_the_end_of_a_run_is_saved_with_its_evaluation(tmp_path):
+    changes = {'eval_every_epochs': 0.4, 'checkpoint_every_epochs': 0.25, 'num_epochs': 1.0}
+    summary = train.train(tiny(**changes), tmp_path)
+    folder = tmp_path / checkpoint.FOLDER
+    accuracy = {r['step']: r['accuracy'] for r in of_kind(tmp_path, 'eval')}
+    assert summary['updates'] in accuracy
+    assert accuracy[checkpoint.best_step(folder)] == max(accuracy.values())
 
 
 def test_divergence_names_where_and_keeps_the_last_checkpoint(tmp_path):

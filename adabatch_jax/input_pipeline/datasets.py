@@ -86,6 +86,27 @@ def _synthetic_source(dataset, seed: int) -> _Source:
 # --------------------------------------------------------------------------------------- npz
 
 
+@functools.lru_cache(maxsize=4)
+def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one file, kept until it changes."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays['images'], arrays['labels']
+    except Exception as error:  # a damaged zip raises many kinds
+        raise ValueError(f'data set npz: cannot read {path}: {error}') from error
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(
+            f'data set npz: {path}: images has dtype {images.dtype} and shape {images.shape}; '
+            'accepted: uint8 [n, height, width, channels]'
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min() < 0:
+        raise ValueError(
+            f'data set npz: {path}: labels has dtype {labels.dtype} and shape {labels.shape}; '
+            f'accepted: {len(images)} whole numbers from 0 on'
+        )
+    return images, labels.astype(np.int32)
+
+
 def _npz_source(dataset, seed: int) -> _Source:
     """``data_dir/SPLIT.npz`` with ``images`` uint8 [n, height, width, channels] and ``labels``."""
     folder = pathlib.Path(dataset.data_dir).expanduser()
@@ -96,29 +117,14 @@ def _npz_source(dataset, seed: int) -> _Source:
             'train.npz and test.npz, each with the arrays images (uint8) and labels'
         )
 
-    @functools.cache
     def read(split):
-        try:
-            with np.load(files[split], allow_pickle=False) as arrays:
-                images, labels = arrays['images'], arrays['labels']
-        except Exception as error:  # a damaged zip raises many kinds
-            raise ValueError(f'data set npz: cannot read {files[split]}: {error}') from error
-        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise ValueError(
-                f'data set npz: {files[split]}: images has dtype {images.dtype} and shape '
-                f'{images.shape}; accepted: uint8 [n, height, width, channels]'
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min() < 0:
-            raise ValueError(
-                f'data set npz: {files[split]}: labels has dtype {labels.dtype} and shape '
-                f'{labels.shape}; accepted: {len(images)} whole numbers from 0 on'
-            )
-        return images, labels.astype(np.int32)
+        return _read_npz(files[split], files[split].stat().st_mtime)
 
-    first = _split_name(dataset.train_split)
-    if first not in files:
-        raise ValueError(f'split: got {first!r}; accepted: {", ".join(files)}')
-    images, labels = read(first)
+    used = [_split_name(split) for split in (dataset.train_split, dataset.eval_split)]
+    for split in used:
+        if split not in files:
+            raise ValueError(f'data split: got {split!r}; accepted: {", ".join(files)}')
+    images, labels = read(used[0])
     counts = np.stack(  # of each pixel value: exact moments without a copy of the images in float
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])]
     )
@@ -130,7 +136,7 @@ def _npz_source(dataset, seed: int) -> _Source:
         int(labels.max()) + 1,
         tuple(mean.tolist()),
         tuple(np.maximum(std, 1e-3).tolist()),
-        {split: len(read(split)[1]) for split in files},
+        {split: len(read(split)[1]) for split in used},
         read,
     )
 
@@ -224,7 +230,7 @@ _SPLIT = re.compile(r'(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
 
 def _source(dataset, seed: int) -> _Source:
     if dataset.name not in _SOURCES:
-        raise ValueError(f'data set: got {dataset.name!r}; accepted: {", ".join(_SOURCES)}')
+        raise ValueError(f'name: got {dataset.name!r}; accepted: {", ".join(_SOURCES)}')
     return _SOURCES[dataset.name](dataset, seed)
 
 
@@ -241,7 +247,7 @@ def split_range(split: str, sizes: dict[str, int]) -> range:
     match = _SPLIT.fullmatch(split)
     if not match or match[1] not in sizes:
         raise ValueError(
-            f'split: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
+            f'data split: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
             f'{next(iter(sizes))}[:20%]'
         )
     size = sizes[match[1]]
@@ -253,7 +259,7 @@ def split_range(split: str, sizes: dict[str, int]) -> range:
 
     chosen = range(size)[bound(match[2]) : bound(match[3])]
     if not chosen:
-        raise ValueError(f'split: got {split!r}, which has no examples; {match[1]} has {size}')
+        raise ValueError(f'data split: got {split!r}, which has no examples; {match[1]} has {size}')
     return chosen
 
 

@@ -50,7 +50,7 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       ValueError: an unknown name or option.
     """
     if name not in MODELS:
-        raise ValueError(f'model: got {name!r}; accepted: {", ".join(sorted(MODELS))}')
+        raise ValueError(f'name: got {name!r}; accepted: {", ".join(sorted(MODELS))}')
     if num_classes < 1:
         raise ValueError(f'num_classes: got {num_classes}; needs at least 1')
     check_batch_norm(options.get('batch_norm', 'local'))

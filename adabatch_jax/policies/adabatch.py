@@ -7,7 +7,7 @@ the decay of the effective learning rate, which is what this project's configs s
 """
 
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
-from adabatch_jax.schedules import Clock, LearningRate, geometric
+from adabatch_jax.schedules import Clock, LearningRate, grow_at, growth_events
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
@@ -20,18 +20,14 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
       ValueError: a growth past ``batch.max_size`` leaves both batch and learning rate as they are.
     """
     batch = config.batch
-    unbounded = geometric(clock, batch.base_size, batch.growth_factor, batch.growth_epochs)
-    transitions = geometric(
-        clock, batch.base_size, batch.growth_factor, batch.growth_epochs, batch.max_size
-    )
-    if len(unbounded) > 1:
+    events = growth_events(clock, batch.growth_epochs)
+    transitions = grow_at(clock, batch.base_size, batch.growth_factor, events, batch.max_size)
+    if events:
         check_grows([t.batch_size for t in transitions], batch)
     grown = {t.examples_seen for t in transitions}
-    for before, event in zip(unbounded, unbounded[1:], strict=False):
-        if event.examples_seen in grown:
-            continue
-        start, end = (clock.epoch(t.examples_seen) for t in (before, event))
-        if rate.effective_at(end) >= rate.effective_at(start):
+    for before, event in zip((0, *events), events, strict=False):
+        start, end = clock.epoch(before), clock.epoch(event)
+        if event not in grown and rate.effective_at(end) >= rate.effective_at(start):
             raise ValueError(
                 f'max_size: got {batch.max_size}: the growth at epoch {end:g} has nothing to do, '
                 'since the batch is at its ceiling and the effective learning rate does not decay '

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from adabatch_jax.schedules import Clock, Transition, ladder, transition_at
+from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
 
 State = dict[str, Any]  # plain JSON types: it travels in the checkpoint
 
@@ -81,8 +81,8 @@ def check_grows(sizes, batch) -> None:
     """Raises ``ValueError`` where a policy that is there to grow the batch has one size only."""
     if len(set(sizes)) == 1:
         raise ValueError(
-            f'max_size: got {batch.max_size} with base_size {batch.base_size}: the batch never '
-            'grows; raise batch.max_size or choose policy fixed'
+            f'max_size: got {batch.max_size} with base_size {batch.base_size} and growth_factor '
+            f'{batch.growth_factor:g}: the batch never grows; change them or choose policy fixed'
         )
 
 
@@ -92,7 +92,7 @@ def ladder_from(batch, clock: Clock) -> tuple[int, ...]:
     Without a ceiling (0) up to the largest power that the data set holds.
     """
     rungs = ladder(batch.base_size, batch.growth_factor, batch.max_size or clock.num_examples)
-    if not batch.max_size and len(rungs) > 1 and rungs[-1] == clock.num_examples:
-        rungs = rungs[:-1]
+    if not batch.max_size and len(rungs) > 1 and grow(rungs[-2], batch.growth_factor) > rungs[-1]:
+        rungs = rungs[:-1]  # the size of the data set is no power
     check_grows(rungs, batch)
     return rungs

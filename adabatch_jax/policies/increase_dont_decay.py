@@ -9,6 +9,8 @@ batch holds the learning rate up. That also makes the hybrids exact: a batch tha
 than ``f``, for its ceiling or for rounding, leaves the rest to the learning rate.
 """
 
+from fractions import Fraction
+
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
 from adabatch_jax.schedules import Clock, LearningRate, decay_events, grow_at
 
@@ -22,17 +24,18 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     batch, learning_rate = config.batch, config.learning_rate
     if learning_rate.schedule != 'step' or learning_rate.decay_factor == 1:
         raise ValueError(
-            f'increase_dont_decay: got schedule {learning_rate.schedule!r} with decay_factor '
+            f'policy increase_dont_decay: got schedule {learning_rate.schedule!r} with decay_factor '
             f'{learning_rate.decay_factor:g}; needs learning_rate.schedule step and a factor below 1'
         )
     if rate.coupling != 'linear':
         raise ValueError(
-            f'increase_dont_decay: got coupling {rate.coupling!r}; needs linear, which holds the '
+            f'policy increase_dont_decay: got coupling {rate.coupling!r}; needs linear, which holds the '
             'learning rate up while the effective rate decays'
         )
     epochs = decay_events(learning_rate.decay_epochs, learning_rate.decay_at_epochs, clock.num_epochs)
     events = [e for e in map(clock.examples, epochs) if e < clock.total_examples]
-    transitions = grow_at(clock, batch.base_size, 1 / learning_rate.decay_factor, events, batch.max_size)
+    growth = 1 / Fraction(str(learning_rate.decay_factor))
+    transitions = grow_at(clock, batch.base_size, growth, events, batch.max_size)
     if events:
         check_grows([t.batch_size for t in transitions], batch)
     return PlannedPolicy(transitions)

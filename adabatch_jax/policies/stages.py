@@ -1,5 +1,7 @@
 """An explicit list of stages: any batch sizes, growing or shrinking."""
 
+import math
+
 from adabatch_jax.policies.base import PlannedPolicy
 from adabatch_jax.schedules import Clock, LearningRate, Transition, check_transitions
 
@@ -19,7 +21,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
             raise ValueError(
                 f'stages: got {entry!r}; accepted: a start in epochs and a positive whole batch size'
             )
-        if epoch < 0 or clock.examples(epoch) >= clock.total_examples:
+        if not 0 <= epoch < math.inf or clock.examples(epoch) >= clock.total_examples:
             raise ValueError(
                 f'stages: the stage of batch size {size} starts at epoch {epoch:g}, outside the '
                 f'run of {clock.num_epochs:g} epochs'

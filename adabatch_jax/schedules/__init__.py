@@ -27,6 +27,7 @@ from adabatch_jax.schedules.transitions import (
     geometric,
     grow,
     grow_at,
+    growth_events,
     ladder,
     transition_at,
 )
@@ -46,6 +47,7 @@ __all__ = [
     'geometric',
     'grow',
     'grow_at',
+    'growth_events',
     'ladder',
     'make_plan',
     'next_update',

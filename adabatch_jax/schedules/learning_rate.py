@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adabatch_jax.schedules.clock import Clock
+
 COUPLINGS = {'linear': 1.0, 'sqrt': 0.5, 'none': 0.0}
 
 
@@ -18,7 +20,7 @@ def step_schedule(value: float, decay_factor: float, epochs: Iterable[float]) ->
 
 
 def decay_events(every: float, at: Iterable[float], num_epochs: float) -> tuple[float, ...]:
-    """The epochs, inside the run, at which a step schedule decays."""
+    """The epochs at which a step schedule decays: those listed, or the multiples inside the run."""
     at = tuple(float(epoch) for epoch in at)
     if at:
         if any(b <= a for a, b in zip((0.0, *at), at, strict=False)):
@@ -29,7 +31,7 @@ def decay_events(every: float, at: Iterable[float], num_epochs: float) -> tuple[
     return tuple(every * k for k in range(1, math.ceil(num_epochs / every)))
 
 
-def effective_schedule(rate, num_epochs: float) -> optax.Schedule:
+def effective_schedule(rate, clock: Clock) -> optax.Schedule:
     """The effective learning rate over epochs that ``config.learning_rate`` describes.
 
     Linear warm-up is a factor that rises from ``warmup_initial`` to 1 over ``warmup_epochs``; the
@@ -38,9 +40,9 @@ def effective_schedule(rate, num_epochs: float) -> optax.Schedule:
 
     Args:
       rate: an object with the keys of ``config.learning_rate`` as attributes.
-      num_epochs: length of the run.
+      clock: of the run, whose whole examples the decays fall on, as growths of the batch do.
     """
-    warmup = rate.warmup_epochs
+    num_epochs, warmup = clock.num_epochs, rate.warmup_epochs
     if not 0 <= warmup < num_epochs:
         raise ValueError(
             f'warmup_epochs: got {warmup:g}; accepted: from 0 to below num_epochs ({num_epochs:g})'
@@ -50,6 +52,7 @@ def effective_schedule(rate, num_epochs: float) -> optax.Schedule:
         schedule = optax.constant_schedule(value)
     elif rate.schedule == 'step':
         events = decay_events(rate.decay_epochs, rate.decay_at_epochs, num_epochs)
+        events = [clock.epoch(clock.examples(epoch)) for epoch in events]
         schedule = step_schedule(value, rate.decay_factor, events)
     elif rate.schedule == 'cosine':
         cosine = optax.cosine_decay_schedule(value, decay_length)
@@ -103,9 +106,6 @@ class LearningRate:
         """
         with jax.enable_x64(True), jax.default_device(_host_device()):
             return np.asarray(self._compiled(np.asarray(epoch, np.float64)))
-
-    def __reduce__(self):  # the compiled schedule is rebuilt, not copied
-        return LearningRate, (self.effective, self.coupling, self.reference_batch_size)
 
     @property
     def _compiled(self):

@@ -170,6 +170,18 @@ def make_plan(
             if position < stop:  # its batch does not fit into what is left of the epoch
                 position = start
             continue
+        rate_end = learning_rate(clock.epoch(last.start), size)
+        before = stages[-1] if stages else None
+        if before and (before.batch_size, before.end) == (size, start):  # nothing lay between them
+            stages[-1] = dataclasses.replace(
+                before,
+                end=last.end,
+                num_updates=before.num_updates + num_updates,
+                learning_rate_end=rate_end,
+            )
+            count += num_updates
+            position = last.end
+            continue
         microbatch_size, num_microbatches = split_batch(size, num_devices, max_per_device)
         stages.append(
             Stage(
@@ -182,7 +194,7 @@ def make_plan(
                 first_update=count,
                 num_updates=num_updates,
                 learning_rate_start=learning_rate(clock.epoch(start), size),
-                learning_rate_end=learning_rate(clock.epoch(last.start), size),
+                learning_rate_end=rate_end,
                 reason=transition.reason,
             )
         )
