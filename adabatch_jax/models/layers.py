@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from adabatch_jax.models.conv import Conv
+
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
 
 # He et al., 2015, with fan-out, as the official AdaBatch code initialises its convolutions.
@@ -89,6 +91,19 @@ def norm_layer(batch_norm: str, dtype: Any, train: bool) -> Callable[..., nn.Mod
         epsilon=1e-5,
         dtype=dtype,
         axis_name=AXIS_NAME if batch_norm == 'sync' and train else None,
+    )
+
+
+def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Module:
+    """The convolution of residual networks: no bias, since BatchNorm follows it."""
+    return Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=fan_out_normal,
+        dtype=dtype,
     )
 
 

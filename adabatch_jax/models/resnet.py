@@ -10,8 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.conv import Conv
-from adabatch_jax.models.layers import Classifier, fan_out_normal, norm_layer
+from adabatch_jax.models.layers import Classifier, norm_layer, residual_conv
 
 DEPTHS = {
     18: (False, (2, 2, 2, 2)),
@@ -40,15 +39,7 @@ class ResNet(nn.Module):
         )  # fmt: skip
 
         def conv(x, features, kernel, stride=1):
-            return Conv(
-                features,
-                (kernel, kernel),
-                (stride, stride),
-                padding=kernel // 2,
-                use_bias=False,
-                kernel_init=fan_out_normal,
-                dtype=self.dtype,
-            )(x)
+            return residual_conv(features, kernel, stride, self.dtype)(x)
 
         def block(x, width, stride):
             features = width * 4 if self.bottleneck else width

@@ -11,22 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.conv import Conv
-from adabatch_jax.models.layers import Classifier, fan_out_normal, norm_layer
+from adabatch_jax.models.layers import Classifier, norm_layer, residual_conv
 
 SHORTCUTS = ('projection', 'identity')
-
-
-def _conv(features, kernel, stride, dtype):
-    return Conv(
-        features,
-        (kernel, kernel),
-        (stride, stride),
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=fan_out_normal,
-        dtype=dtype,
-    )
 
 
 class Block(nn.Module):
@@ -41,10 +28,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        y = nn.relu(norm()(_conv(self.features, 3, self.stride, self.dtype)(x)))
-        y = norm()(_conv(self.features, 3, 1, self.dtype)(y))
+        y = nn.relu(norm()(residual_conv(self.features, 3, self.stride, self.dtype)(x)))
+        y = norm()(residual_conv(self.features, 3, 1, self.dtype)(y))
         if x.shape != y.shape and self.shortcut == 'projection':
-            x = norm()(_conv(self.features, 1, self.stride, self.dtype)(x))
+            x = norm()(residual_conv(self.features, 1, self.stride, self.dtype)(x))
         elif x.shape != y.shape:
             more = y.shape[-1] - x.shape[-1]
             x = x[:, :: self.stride, :: self.stride]
@@ -70,7 +57,7 @@ class ResNetCifar(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        x = _conv(self.width, 3, 1, self.dtype)(images.astype(self.dtype))
+        x = residual_conv(self.width, 3, 1, self.dtype)(images.astype(self.dtype))
         x = nn.relu(norm()(x))
         for group in range(3):
             for block in range(self.blocks):
@@ -93,9 +80,9 @@ class WideBlock(nn.Module):
         norm = norm_layer(self.batch_norm, self.dtype, train)
         y = nn.relu(norm()(x))
         if x.shape[-1] != self.features or self.stride != 1:
-            x = _conv(self.features, 1, self.stride, self.dtype)(y)
-        y = _conv(self.features, 3, self.stride, self.dtype)(y)
-        y = _conv(self.features, 3, 1, self.dtype)(nn.relu(norm()(y)))
+            x = residual_conv(self.features, 1, self.stride, self.dtype)(y)
+        y = residual_conv(self.features, 3, self.stride, self.dtype)(y)
+        y = residual_conv(self.features, 3, 1, self.dtype)(nn.relu(norm()(y)))
         return x + y
 
 
@@ -110,7 +97,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        x = _conv(16, 3, 1, self.dtype)(images.astype(self.dtype))
+        x = residual_conv(16, 3, 1, self.dtype)(images.astype(self.dtype))
         for group in range(3):
             for block in range(self.blocks):
                 stride = 2 if group > 0 and block == 0 else 1
