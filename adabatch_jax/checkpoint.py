@@ -66,7 +66,8 @@ def steps(directory: str | os.PathLike) -> list[int]:
     folder = pathlib.Path(directory)
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    committed = [path for path in folder.iterdir() if (path / '_CHECKPOINT_METADATA').is_file()]
+    return sorted(int(path.name) for path in committed if path.name.isdecimal())
 
 
 def best_step(directory: str | os.PathLike) -> int | None:

@@ -337,6 +337,13 @@ def test_restore_without_checkpoint_says_what_there_is(finished, tmp_path):
         train_state.restore(finished[0], step=10_000)
 
 
+def test_an_empty_checkpoint_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / checkpoint.FOLDER / '99').mkdir(parents=True)
+    assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == []
+    with pytest.raises(FileNotFoundError, match='no checkpoint in'):
+        train_state.restore(tmp_path)
+
+
 def test_digest_tells_states_apart_by_a_single_bit(finished):
     state = train_state.restore(finished[0])
     leaves, tree = jax.tree.flatten(state.params)
