@@ -24,7 +24,7 @@ def user_errors(key: str):
         yield
     except ConfigError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         joint = '.' if re.match(r'\w+: ', str(error)) else ': '
         raise ConfigError(f'{key}{joint}{error}') from error
 
@@ -186,7 +186,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     def check(keys, accepted, is_good):
         for key in keys:
             value = given[key]
-            if not (math.isfinite(value) and is_good(value)):
+            if not (-math.inf < value < math.inf and is_good(value)):
                 raise ConfigError(f'config.{key}: got {value}; accepted: {accepted}')
 
     check(_POSITIVE, 'a positive number', lambda value: value > 0)

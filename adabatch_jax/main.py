@@ -16,7 +16,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from adabatch_jax import evaluate, terminal, train, workdir
-from adabatch_jax.config import ConfigError, default_config, flatten, resolve
+from adabatch_jax.config import ConfigError, default_config, flatten, resolve, user_errors
 from adabatch_jax.metrics import read_records
 
 
@@ -44,15 +44,15 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 def parse(argv: list[str]) -> flags.FlagValues:
     """The parsed command line; every mistake in it is a ``ConfigError``."""
     check_overrides(argv)
-    values = define_flags(argv)
     try:
+        values = define_flags(argv)
         rest = values(argv)[1:]
         if values.config is not None:
             dict(values.config)  # a config file that failed says so at the first access
-    except flags.Error as error:
-        raise ConfigError(str(error)) from error
-    except Exception as error:  # a config file is the user's code: it can raise anything
+    except (Exception, SystemExit) as error:  # a config file is the user's code: it can raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, flags.Error) and 'Traceback' not in str(error):
+            raise ConfigError(' '.join(lines)) from error
         raise ConfigError(f'--config: {lines[-1]}') from error
     if rest:
         raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
@@ -89,7 +89,8 @@ def run(values: flags.FlagValues) -> int:
             raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
         config = workdir.read_config(directory)
     elif values.mode == 'eval':
-        workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
+        with user_errors('workdir'):
+            workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
     if values.mode == 'plan':
         terminal.print_plan(train.plan(config))
         return 0

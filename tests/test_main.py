@@ -84,6 +84,12 @@ MISTAKES = {
     '--config.seed=-1': 'config.seed: got -1; accepted: zero or a positive number',
     '--config.batch.growth_factor=1': 'config.batch.growth_factor: got 1.0; accepted: a number above 1',
     '--config.seed=4294967296': 'accepted: a whole number below 2^32',
+    '--config.batch.growth_epochs=1e-308': 'decay_epochs: got 1e-308; accepted here',
+    '--config.dataset.crop_padding=9': 'crop_padding: got 9; accepted: up to the 8 pixels',
+    '--config.learning_rate.effective=1e308': 'more than single precision can hold',
+    f'--config.batch.base_size={10**400}': 'is larger than the data set',
+    f'--config.dataset.train_split=train[:{10**400}%]': 'config.dataset',
+    '--flagfile=/nowhere': 'Unable to open flagfile',
     '--config.optimizer.momentum=1': 'config.optimizer.momentum: got 1.0; accepted',
     '--config.batch.base_size=9': 'batch size 9 does not divide evenly over 2 devices',
     '--config.batch.base_size=128': 'batch size 128 is larger than the data set (64 examples)',
@@ -127,6 +133,8 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         (('--config=nowhere.py', '--workdir=x'), "No such file or directory: 'nowhere.py'"),
         (('--mode=eval', f'--workdir={tmp_path}'), 'config.json is missing'),
         ((f'--config={tiny_file}', f'--workdir={tiny_file}'), 'is a file; accepted: a directory'),
+        (('--mode=eval', f'--config={tiny_file}', f'--workdir={"x" * 300}'), 'name too long'),
+        ((f'--config={tiny_file}:variant', '--workdir=x'), 'takes 0 positional arguments'),
         ((f'--config={tiny_file}', '--workdir=/proc/run'), "cannot write to '/proc/run'"),
         ((f'--config={tiny_file}', f'--workdir={"x" * 300}'), 'File name too long'),
     ]:
@@ -145,6 +153,8 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         ('config.batch.max_size = None', 'config.batch.max_size: got None'),
         ('config.learning_rate.decay_at_epochs = ((1, 2),)', 'decay_at_epochs: got (1, 2)'),
         ('assert False', 'AssertionError'),
+        ("raise SystemExit('bye')", 'bye'),
+        ('config.learning_rate.decay_at_epochs = (10**400,)', 'config.learning_rate'),
     ],
 )
 def test_a_config_file_with_a_mistake_is_one_line(line, expected, tiny_file, capsys):

@@ -109,7 +109,7 @@ def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarr
 
 def _npz_source(dataset, seed: int) -> _Source:
     """``data_dir/SPLIT.npz`` with ``images`` uint8 [n, height, width, channels] and ``labels``."""
-    folder = pathlib.Path(dataset.data_dir).expanduser()
+    folder = pathlib.Path(os.path.expanduser(dataset.data_dir))
     files = {path.stem: path for path in sorted(folder.glob('*.npz'))}
     if not dataset.data_dir or not files:
         raise FileNotFoundError(
@@ -198,7 +198,7 @@ def _tfds_source(dataset, seed: int) -> _Source:
     name = dataset.name
     shape, mean, std, (num_train, num_test), num_classes = _TFDS[name]
     default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-    data_dir = pathlib.Path(dataset.data_dir or default).expanduser()
+    data_dir = pathlib.Path(os.path.expanduser(dataset.data_dir or default))
 
     def read(split):
         tensorflow()

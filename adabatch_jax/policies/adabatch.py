@@ -7,7 +7,7 @@ the decay of the effective learning rate, which is what this project's configs s
 """
 
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
-from adabatch_jax.schedules import Clock, LearningRate, grow_at, growth_events
+from adabatch_jax.schedules import Clock, LearningRate, grow_at
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
@@ -20,7 +20,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
       ValueError: a growth past ``batch.max_size`` leaves both batch and learning rate as they are.
     """
     batch = config.batch
-    events = growth_events(clock, batch.growth_epochs)
+    events = clock.multiples(batch.growth_epochs, 'growth_epochs')
     transitions = grow_at(clock, batch.base_size, batch.growth_factor, events, batch.max_size)
     if events:
         check_grows([t.batch_size for t in transitions], batch)

@@ -32,8 +32,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
             f'policy increase_dont_decay: got coupling {rate.coupling!r}; needs linear, which holds the '
             'learning rate up while the effective rate decays'
         )
-    epochs = decay_events(learning_rate.decay_epochs, learning_rate.decay_at_epochs, clock.num_epochs)
-    events = [e for e in map(clock.examples, epochs) if e < clock.total_examples]
+    events = [e for e in decay_events(learning_rate, clock) if e < clock.total_examples]
     growth = 1 / Fraction(str(learning_rate.decay_factor))
     transitions = grow_at(clock, batch.base_size, growth, events, batch.max_size)
     if events:

@@ -27,7 +27,6 @@ from adabatch_jax.schedules.transitions import (
     geometric,
     grow,
     grow_at,
-    growth_events,
     ladder,
     transition_at,
 )
@@ -47,7 +46,6 @@ __all__ = [
     'geometric',
     'grow',
     'grow_at',
-    'growth_events',
     'ladder',
     'make_plan',
     'next_update',

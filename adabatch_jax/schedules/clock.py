@@ -8,6 +8,7 @@ from fractions import Fraction
 REMAINDERS = ('carry', 'drop')
 # The device keeps the clock as an unsigned 32-bit integer: 3,352 epochs of ImageNet.
 MAX_EXAMPLES = 2**32 - 1
+MAX_EVENTS = 1000  # growths or decays at an interval, in one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,23 @@ class Clock:
     def examples(self, epochs: float) -> int:
         """The clock at a number of epochs, rounded to a whole example."""
         return round(Fraction(epochs) * self.num_examples)
+
+    def multiples(self, every_epochs: float, name: str) -> tuple[int, ...]:
+        """The positions, inside the run, at whole multiples of an interval of epochs.
+
+        Raises:
+          ValueError: naming ``name``, for less than an example or more than ``MAX_EVENTS`` of them.
+        """
+        shortest = max(self.num_epochs / MAX_EVENTS, 1 / self.num_examples)
+        if not every_epochs >= shortest:
+            raise ValueError(
+                f'{name}: got {every_epochs}; accepted here: {shortest:.3g} epochs or more (an example '
+                f'at least, and {MAX_EVENTS} times a run at most)'
+            )
+        if every_epochs >= self.num_epochs:
+            return ()
+        events = (self.examples(every_epochs * k) for k in range(1, MAX_EVENTS + 2))
+        return tuple(event for event in events if event < self.total_examples)
 
     def epoch(self, examples_seen: int) -> float:
         """Progress in epochs; exact at every whole epoch."""

@@ -1,7 +1,6 @@
 """The effective learning rate over epochs, and its coupling to the batch size."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
 
 import jax
@@ -19,16 +18,19 @@ def step_schedule(value: float, decay_factor: float, epochs: Iterable[float]) ->
     return optax.piecewise_constant_schedule(value, dict.fromkeys(epochs, decay_factor))
 
 
-def decay_events(every: float, at: Iterable[float], num_epochs: float) -> tuple[float, ...]:
-    """The epochs at which a step schedule decays: those listed, or the multiples inside the run."""
-    at = tuple(float(epoch) for epoch in at)
-    if at:
-        if any(b <= a for a, b in zip((0.0, *at), at, strict=False)):
-            raise ValueError(f'decay_at_epochs: got {at}; needs rising positive epochs')
-        return at
-    if every <= 0:
-        raise ValueError(f'decay_epochs: got {every}; needs a positive number of epochs')
-    return tuple(every * k for k in range(1, math.ceil(num_epochs / every)))
+def decay_events(rate, clock: Clock) -> tuple[int, ...]:
+    """The positions at which a step schedule decays, on whole examples as growths of the batch are.
+
+    At the epochs ``rate.decay_at_epochs``, or where there are none every ``rate.decay_epochs``.
+    """
+    if not rate.decay_at_epochs:
+        return clock.multiples(rate.decay_epochs, 'decay_epochs')
+    events = tuple(clock.examples(epoch) for epoch in rate.decay_at_epochs)
+    if any(b <= a for a, b in zip((0, *events), events, strict=False)):
+        raise ValueError(
+            f'decay_at_epochs: got {tuple(rate.decay_at_epochs)}; needs rising positive epochs'
+        )
+    return events
 
 
 def effective_schedule(rate, clock: Clock) -> optax.Schedule:
@@ -40,7 +42,7 @@ def effective_schedule(rate, clock: Clock) -> optax.Schedule:
 
     Args:
       rate: an object with the keys of ``config.learning_rate`` as attributes.
-      clock: of the run, whose whole examples the decays fall on, as growths of the batch do.
+      clock: of the run.
     """
     num_epochs, warmup = clock.num_epochs, rate.warmup_epochs
     if not 0 <= warmup < num_epochs:
@@ -51,8 +53,7 @@ def effective_schedule(rate, clock: Clock) -> optax.Schedule:
     if rate.schedule == 'constant':
         schedule = optax.constant_schedule(value)
     elif rate.schedule == 'step':
-        events = decay_events(rate.decay_epochs, rate.decay_at_epochs, num_epochs)
-        events = [clock.epoch(clock.examples(epoch)) for epoch in events]
+        events = [clock.epoch(event) for event in decay_events(rate, clock)]
         schedule = step_schedule(value, rate.decay_factor, events)
     elif rate.schedule == 'cosine':
         cosine = optax.cosine_decay_schedule(value, decay_length)

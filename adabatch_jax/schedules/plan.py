@@ -153,12 +153,12 @@ def make_plan(
     transitions = check_transitions(transitions)
     sizes = sorted({*ladder, *(t.batch_size for t in transitions)})
     for size in sizes:
-        split_batch(size, num_devices, max_per_device)
         if size > clock.num_examples:
             raise ValueError(
                 f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
                 'set batch.max_size or choose fewer growth steps'
             )
+        split_batch(size, num_devices, max_per_device)
     stages = []
     position = count = 0
     stops = [min(t.examples_seen, clock.total_examples) for t in transitions[1:]]
@@ -200,4 +200,7 @@ def make_plan(
         )
         count += num_updates
         position = last.end
+    highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
+    if not highest <= float(np.finfo(np.float32).max):
+        raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
     return Plan(clock, learning_rate, tuple(stages), num_devices, tuple(sizes), planned)

@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -55,14 +54,6 @@ def ladder(base_size: int, factor: float, max_size: int) -> tuple[int, ...]:
     return tuple(rungs)
 
 
-def growth_events(clock: Clock, every_epochs: float) -> tuple[int, ...]:
-    """The positions, inside a run, at whole multiples of an interval of epochs."""
-    if clock.examples(every_epochs) < 1:
-        raise ValueError(f'growth_epochs: got {every_epochs}; needs at least one example of an epoch')
-    events = (clock.examples(every_epochs * k) for k in itertools.count(1))
-    return tuple(itertools.takewhile(lambda event: event < clock.total_examples, events))
-
-
 def geometric(
     clock: Clock, base_size: int, factor: float, every_epochs: float, max_size: int = 0
 ) -> tuple[Transition, ...]:
@@ -70,7 +61,7 @@ def geometric(
 
     AdaBatch (Devarakonda, Naumov, Garland, 2017), section 3: ``B <- floor(beta B)``.
     """
-    return grow_at(clock, base_size, factor, growth_events(clock, every_epochs), max_size)
+    return grow_at(clock, base_size, factor, clock.multiples(every_epochs, 'growth_epochs'), max_size)
 
 
 def grow_at(
