@@ -159,8 +159,23 @@ def make_plan(
                 'set batch.max_size or choose fewer growth steps'
             )
         split_batch(size, num_devices, max_per_device)
+    stages = _stages(clock, transitions, learning_rate, num_devices, max_per_device)
+    highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
+    if not highest <= float(np.finfo(np.float32).max):
+        raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
+    return Plan(clock, learning_rate, stages, num_devices, tuple(sizes), planned)
+
+
+def _stages(
+    clock: Clock,
+    transitions: tuple[Transition, ...],
+    learning_rate: LearningRate,
+    num_devices: int,
+    max_per_device: int,
+) -> tuple[Stage, ...]:
+    """The stages that transitions in order lead to: those in which an update begins."""
     stages = []
-    position = count = 0
+    position = 0
     stops = [min(t.examples_seen, clock.total_examples) for t in transitions[1:]]
     for transition, stop in zip(transitions, [*stops, clock.total_examples], strict=True):
         size = transition.batch_size
@@ -170,37 +185,29 @@ def make_plan(
             if position < stop:  # its batch does not fit into what is left of the epoch
                 position = start
             continue
-        rate_end = learning_rate(clock.epoch(last.start), size)
+        microbatch_size, num_microbatches = split_batch(size, num_devices, max_per_device)
         before = stages[-1] if stages else None
+        stage = Stage(
+            index=len(stages),
+            batch_size=size,
+            microbatch_size=microbatch_size,
+            num_microbatches=num_microbatches,
+            start=start,
+            end=last.end,
+            first_update=before.first_update + before.num_updates if before else 0,
+            num_updates=num_updates,
+            learning_rate_start=learning_rate(clock.epoch(start), size),
+            learning_rate_end=learning_rate(clock.epoch(last.start), size),
+            reason=transition.reason,
+        )
         if before and (before.batch_size, before.end) == (size, start):  # nothing lay between them
             stages[-1] = dataclasses.replace(
                 before,
-                end=last.end,
+                end=stage.end,
                 num_updates=before.num_updates + num_updates,
-                learning_rate_end=rate_end,
+                learning_rate_end=stage.learning_rate_end,
             )
-            count += num_updates
-            position = last.end
-            continue
-        microbatch_size, num_microbatches = split_batch(size, num_devices, max_per_device)
-        stages.append(
-            Stage(
-                index=len(stages),
-                batch_size=size,
-                microbatch_size=microbatch_size,
-                num_microbatches=num_microbatches,
-                start=start,
-                end=last.end,
-                first_update=count,
-                num_updates=num_updates,
-                learning_rate_start=learning_rate(clock.epoch(start), size),
-                learning_rate_end=rate_end,
-                reason=transition.reason,
-            )
-        )
-        count += num_updates
+        else:
+            stages.append(stage)
         position = last.end
-    highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
-    if not highest <= float(np.finfo(np.float32).max):
-        raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
-    return Plan(clock, learning_rate, tuple(stages), num_devices, tuple(sizes), planned)
+    return tuple(stages)
