@@ -12,7 +12,7 @@ from adabatch_jax.models import conv
 
 @pytest.mark.parametrize('stride', [1, 2, 4])
 @pytest.mark.parametrize('kernel, padding', [(1, 0), (3, 1), (3, 0), (5, 2), (11, 5)])
-@pytest.mark.parametrize('shape', [(3, 16, 16, 3), (16, 12, 13, 8), (37, 11, 12, 4)])
+@pytest.mark.parametrize('shape', [(3, 16, 16, 3), (16, 12, 13, 8), (37, 11, 12, 4), (5, 4, 6, 16)])
 def test_values_and_gradients_are_those_of_the_plain_operation(stride, kernel, padding, shape):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
