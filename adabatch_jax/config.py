@@ -15,7 +15,7 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def user_errors(key: str):
+def user_errors(key: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, OverflowError)):
     """Turns what the parts raise about their arguments into a ``ConfigError`` naming ``key``.
 
     A message that begins with the name of an argument, as in ``max_size: got 3``, continues the key.
@@ -24,7 +24,7 @@ def user_errors(key: str):
         yield
     except ConfigError:
         raise
-    except (ValueError, OSError, OverflowError) as error:
+    except kinds as error:
         joint = '.' if re.match(r'\w+: ', str(error)) else ': '
         raise ConfigError(f'{key}{joint}{error}') from error
 
@@ -43,20 +43,26 @@ def default_config() -> ml_collections.ConfigDict:
     model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters stay float32
     # Statistics over: local (a device's microbatch), sync (all devices') or ghost:N (N examples).
     model.batch_norm = 'local'
+    model.shortcut = 'projection'  # CIFAR ResNets: projection or identity
+    model.zero_init_residual = False  # ImageNet ResNets: the last scale of every block starts at 0
 
     config.dataset = dataset = ml_collections.ConfigDict()
-    dataset.name = 'cifar10'  # digits, synthetic, npz, or a TFDS name; see input_pipeline.datasets
-    dataset.data_dir = ''  # TFDS folder, or folder of the npz files; '': TFDS's default
+    dataset.name = 'cifar10'  # digits, synthetic, npz, image_folder, or a TFDS name
+    dataset.data_dir = ''  # TFDS folder, or that of npz or image_folder; '': TFDS's default
     dataset.train_split = 'train'  # also slices: train[:20%], train[1000:2000]
     dataset.eval_split = 'test'
-    dataset.augment = 'pad_crop_flip'  # none, pad_crop or pad_crop_flip
+    # none; pad_crop or pad_crop_flip (images in memory); random_resized_crop (encoded images; flips too)
+    dataset.augment = 'pad_crop_flip'
     dataset.crop_padding = 4  # pixels of zeros on each side before a random crop
+    dataset.min_crop_area = 0.08  # smallest part of an image that random_resized_crop takes
+    dataset.image_size = 0  # pixels, of encoded images (0: 224) and of synthetic ones (0: 32)
+    dataset.eval_resize = 0  # pixels, shorter side before the centre crop; 0: image_size x 256 / 224
+    dataset.skip_undecodable = False  # leave out encoded images that cannot be decoded, and count them
     dataset.remainder = 'carry'  # partial batch at an epoch's end: carry or drop
     dataset.pipeline = 'tf_data'
     dataset.eval_batch_size = 500  # examples over all devices; the last batch is padded and masked
     dataset.num_examples = 1024  # synthetic only: examples a split
-    dataset.image_size = 32  # synthetic only: pixels
-    dataset.num_classes = 10  # synthetic only
+    dataset.num_classes = 0  # 0: as many as the data has (synthetic: 10); else it must have as many
 
     config.batch = batch = ml_collections.ConfigDict()
     batch.policy = 'adabatch'  # see adabatch_jax.policies
@@ -118,8 +124,6 @@ _POSITIVE = (
     'log_every_steps',
     'dataset.eval_batch_size',
     'dataset.num_examples',
-    'dataset.image_size',
-    'dataset.num_classes',
     'batch.base_size',
     'batch.growth_epochs',
     'batch.patience_epochs',
@@ -131,6 +135,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     'seed',
     'dataset.crop_padding',
+    'dataset.image_size',
+    'dataset.eval_resize',
+    'dataset.num_classes',
     'batch.max_size',
     'batch.max_per_device',
     'batch.min_improvement',
@@ -144,7 +151,7 @@ _NOT_NEGATIVE = (
 _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor')
 _CHOICES = {
     'model.dtype': ('float32', 'bfloat16'),
-    'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip'),
+    'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
 }
@@ -193,6 +200,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
     check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
     check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
+    check(('dataset.min_crop_area',), 'a number above 0, up to 1', lambda value: 0 < value <= 1)
     fractions = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2')
     check(fractions, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
@@ -237,7 +245,7 @@ def differences(
     """
     a, b = flatten(ours), flatten(theirs)
     ignored = {*RUNTIME_KEYS, *may_differ}
-    if ours.dataset.name != 'npz':
+    if ours.dataset.name not in ('npz', 'image_folder'):
         ignored.add('dataset.data_dir')
     return [
         f'{key} ({a.get(key)!r} here, {b.get(key)!r} there)'

@@ -33,6 +33,17 @@ def local_rows(batch_size: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
+def split_parts(array: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """Splits this process's rows into parts that each hold equally many of every device's.
+
+    The first part has the first rows of every device, in the order that ``put`` expects.
+    """
+    if num_parts == 1:
+        return [array]
+    per_device = array.reshape(jax.local_device_count(), num_parts, -1, *array.shape[1:])
+    return [per_device[:, k].reshape(-1, *array.shape[1:]) for k in range(num_parts)]
+
+
 def put(batch: Any) -> Any:
     """Puts this process's share of a batch on its devices.
 

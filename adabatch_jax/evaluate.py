@@ -46,8 +46,9 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
             raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
         state = train_state.restore(workdir, step)
     with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, run.clock)
-    result = evaluate(state, run.eval_spec, pipeline)
+        pipeline = input_pipeline.create(config, run.info, run.clock)
+    with user_errors('config.dataset', (input_pipeline.DataError,)):
+        result = evaluate(state, run.eval_spec, pipeline)
     epoch = run.clock.epoch(int(state.examples_seen))
     return {
         'step': int(state.step),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -91,6 +92,7 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
             info.num_classes,
             dtype=jnp.dtype(config.model.dtype),
             batch_norm=config.model.batch_norm,
+            **_family_options(config.model),
         )
         check_images(model, info.image_shape)
         if group := models.check_batch_norm(config.model.batch_norm):
@@ -104,6 +106,12 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
     with user_errors('config.optimizer'):
         optimizer = optimizers.create(**config.optimizer)
     return Experiment(config, info, clock, rate, policy, plan, model, optimizer)
+
+
+def _family_options(model) -> dict[str, Any]:
+    """Options of one family of models, where they are not the default; other families have none."""
+    options = {'shortcut': 'projection', 'zero_init_residual': False}
+    return {key: model[key] for key, default in options.items() if model[key] != default}
 
 
 def check_images(model: nn.Module, image_shape: tuple[int, int, int]) -> None:

@@ -165,7 +165,8 @@ class Run:
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.seconds['train'] += seconds
-        self.window = metrics.add_sums(self.window, {**sums, 'seconds': seconds})
+        left_out = flight.update.batch_size - sums['count']
+        self.window = metrics.add_sums(self.window, {**sums, 'seconds': seconds, 'left_out': left_out})
         loss = metrics.mean_metrics(sums)['loss']
         if not math.isfinite(loss):
             raise Diverged(
@@ -262,6 +263,8 @@ class Run:
             'loss': sums['loss'] / sums['count'],
             'examples_per_second': sums['count'] / sums['seconds'],
         }
+        # Images that could not be decoded and were left out; named only where there are any.
+        left_out = {'left_out': round(sums['left_out'])} if sums['left_out'] else {}
         self.record(
             'train',
             self.observed['step'],
@@ -269,6 +272,7 @@ class Run:
             stage=self.stage,
             accuracy=sums['correct'] / sums['count'],
             **fields,
+            **left_out,
         )
         self.display.update(self.observed['examples_seen'], **fields)
 

@@ -88,7 +88,8 @@ def train_step(
     Args:
       spec: the step's shape.
       state: replicated train state.
-      batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``.
+      batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``; examples
+        with the label -1 are left out.
       learning_rate: float32 scalar of this update.
       examples_seen: uint32 scalar, the clock after this update.
 
@@ -109,8 +110,8 @@ def train_step(
             mutable=['batch_stats'],
             rngs={'dropout': key},
         )
-        sums = _sums(logits, labels, jnp.ones(labels.shape))
-        return sums['loss'] / sums['count'], (mutated.get('batch_stats', {}), sums)
+        sums = _sums(logits, labels, (labels >= 0).astype(jnp.float32))
+        return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
 
     def accumulate(total, microbatch):
         index, images, labels = microbatch

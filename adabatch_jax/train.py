@@ -47,7 +47,8 @@ def train(
       The ``summary`` record.
 
     Raises:
-      ConfigError: a mistake in the config or the work directory; nothing was written.
+      ConfigError: a mistake in the config, the data or the work directory; nothing is lost or
+        overwritten.
       Diverged: the training loss became infinite or not a number.
       Preempted: ``stop`` was set.
     """
@@ -98,7 +99,7 @@ def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -
     if config.compile.precompile and upcoming:  # the first step compiles while the data is read
         steps.CACHE.precompile(experiment.train_spec(upcoming['batch_size']))
     with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, experiment.clock)
+        pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
     workdir.create(config, experiment.plan, directory)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
@@ -107,4 +108,5 @@ def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -
             saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(folder)))
         run = Run(experiment, pipeline, writer, saver, state, host)
         stack.enter_context(run.display)
-        yield run
+        with user_errors('config.dataset', (input_pipeline.DataError,)):
+            yield run

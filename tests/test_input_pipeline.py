@@ -23,10 +23,9 @@ def make_pipeline(remainder='carry', augment='none', **changes):
     config.dataset.remainder = remainder
     config.update_from_flattened_dict(changes)
     config = resolve(config)
-    clock = schedules.Clock(
-        input_pipeline.dataset_info(config.dataset).num_train, 1000, config.dataset.remainder
-    )
-    return input_pipeline.create(config, clock), clock
+    info = input_pipeline.dataset_info(config.dataset)
+    clock = schedules.Clock(info.num_train, 1000, config.dataset.remainder)
+    return input_pipeline.create(config, info, clock), clock
 
 
 def take(pipeline, start, batch_size, count):
@@ -279,5 +278,5 @@ def test_tfds_data_is_read_from_its_folder(tmp_path):
 def test_unknown_data_set_lists_what_exists():
     config = default_config()
     config.dataset.name = 'cifar'
-    with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz, cifar10"):
+    with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz"):
         input_pipeline.dataset_info(config.dataset)

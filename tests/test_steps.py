@@ -88,6 +88,21 @@ def numpy_gradient(params, batch):
     return {'kernel': x.T @ p / len(x), 'bias': p.mean(axis=0)}, loss.sum(), correct
 
 
+@pytest.mark.parametrize('num_microbatches', [1, 2])
+def test_examples_labelled_minus_one_are_left_out_of_the_gradient_and_the_sums(num_microbatches):
+    spec = make_spec(num_microbatches=num_microbatches)
+    state, batch = make_state(spec), make_batch(16)
+    batch['label'][[3, 8]] = -1
+    kept = {key: np.delete(value, [3, 8], axis=0) for key, value in batch.items()}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params['Dense_0'])
+    gradient, loss, correct = numpy_gradient(params, kept)
+    after, sums = run_step(spec, state, batch)
+    for key, value in params.items():
+        expected = value - 0.1 * gradient[key] * 14 / 16  # a mean over the places of the batch
+        np.testing.assert_allclose(after.params['Dense_0'][key], expected, atol=1e-6)
+    np.testing.assert_allclose([sums['loss'], sums['correct'], sums['count']], [loss, correct, 14])
+
+
 @pytest.mark.parametrize('num_microbatches', [1, 2, 4])
 @pytest.mark.parametrize('nesterov', [False, True])
 def test_updates_are_those_of_sgd_in_numpy_whatever_the_split(num_microbatches, nesterov):

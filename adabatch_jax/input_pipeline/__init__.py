@@ -5,21 +5,33 @@ iterator has a state that would have to be saved, and a change of batch size nei
 skips an example.
 """
 
-from adabatch_jax.input_pipeline.datasets import DatasetInfo, dataset_info, load_split
+from adabatch_jax.input_pipeline.datasets import (
+    DataError,
+    DatasetInfo,
+    dataset_info,
+    load_split,
+    open_split,
+)
 
-__all__ = ['DatasetInfo', 'create', 'dataset_info', 'load_split']
+__all__ = ['DataError', 'DatasetInfo', 'create', 'dataset_info', 'load_split', 'open_split']
 
 
-def create(config, clock):
-    """The pipeline that ``config.dataset`` describes, its data loaded.
+def create(config, info: DatasetInfo, clock):
+    """The pipeline that ``config.dataset`` describes, its data loaded or found.
 
     Args:
       config: the resolved config of a run.
+      info: what ``dataset_info`` says of its data.
       clock: the run's ``schedules.Clock``.
 
     Raises:
       ValueError, FileNotFoundError: an unknown, missing or unusable data set.
     """
-    from adabatch_jax.input_pipeline.tf_data import TfDataPipeline  # TensorFlow only when used
+    # TensorFlow is imported only when it is used.
+    if info.is_encoded:
+        from adabatch_jax.input_pipeline.decoding import EncodedPipeline
+
+        return EncodedPipeline(config, info, clock)
+    from adabatch_jax.input_pipeline.tf_data import TfDataPipeline
 
     return TfDataPipeline(config, clock)

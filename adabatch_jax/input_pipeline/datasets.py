@@ -1,16 +1,22 @@
-"""Image classification data sets that fit into memory: what is known of them, and their arrays."""
+"""Image classification data sets by name: what is known of them, and how to get at their examples."""
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import re
 import socket
 import urllib.request
-from collections.abc import Callable
 
 import numpy as np
+
+from adabatch_jax.input_pipeline import encoded
+from adabatch_jax.input_pipeline.encoded import EncodedSplit
+from adabatch_jax.input_pipeline.encoded_sources import image_folder_source, records_source
+from adabatch_jax.input_pipeline.sources import Source, split_name, split_range, tfds_dir
+
+
+class DataError(ValueError):
+    """Data that a run cannot use, found while it reads them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +24,8 @@ class DatasetInfo:
     """What a run needs to know before any image is read.
 
     ``mean`` and ``std`` are for each channel, in units of the stored pixel values; ``num_train``
-    and ``num_eval`` count the examples of the configured splits.
+    and ``num_eval`` count the examples of the configured splits. ``is_encoded``: the images stay on
+    disk and are decoded when they are needed.
     """
 
     image_shape: tuple[int, int, int]
@@ -27,18 +34,7 @@ class DatasetInfo:
     std: tuple[float, ...]
     num_train: int
     num_eval: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """One data set: its shape, its split sizes and how to read a whole split."""
-
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    sizes: dict[str, int]
-    read: Callable[[str], tuple[np.ndarray, np.ndarray]]  # split -> images uint8, labels int32
+    is_encoded: bool
 
 
 # ------------------------------------------------------------------------------------ digits
@@ -56,23 +52,24 @@ def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {'test': (images[:360], labels[:360]), 'train': (images[360:], labels[360:])}
 
 
-def _digits_source(dataset, seed: int) -> _Source:
+def _digits_source(dataset, seed: int) -> Source:
     splits = _digits()
     sizes = {name: len(labels) for name, (_, labels) in splits.items()}
-    return _Source((8, 8, 1), 10, (4.88,), (6.02,), sizes, splits.__getitem__)
+    return Source((8, 8, 1), 10, (4.88,), (6.02,), sizes, splits.__getitem__)
 
 
 # --------------------------------------------------------------------------------- synthetic
 
 
-def _synthetic_source(dataset, seed: int) -> _Source:
+def _synthetic_source(dataset, seed: int) -> Source:
     """Classes that differ in a random low-resolution pattern under noise; made, not read."""
-    shape = (dataset.image_size, dataset.image_size, 3)
-    count, num_classes = dataset.num_examples, dataset.num_classes
+    side = dataset.image_size or 32
+    shape = (side, side, 3)
+    count, num_classes = dataset.num_examples, dataset.num_classes or 10
 
     def read(split):
         rng = np.random.default_rng((seed, ('train', 'test').index(split)))
-        coarse = -(-dataset.image_size // 4)
+        coarse = -(-side // 4)
         patterns = np.random.default_rng(seed).normal(size=(num_classes, coarse, coarse, 3))
         labels = rng.integers(num_classes, size=count, dtype=np.int32)
         images = patterns.repeat(4, 1).repeat(4, 2)[labels, : shape[0], : shape[1]]
@@ -80,7 +77,7 @@ def _synthetic_source(dataset, seed: int) -> _Source:
         return np.clip(images, 0, 255).astype(np.uint8), labels
 
     sizes = {'train': count, 'test': count}
-    return _Source(shape, num_classes, (128.0,) * 3, (45.0,) * 3, sizes, read)
+    return Source(shape, num_classes, (128.0,) * 3, (45.0,) * 3, sizes, read)
 
 
 # --------------------------------------------------------------------------------------- npz
@@ -107,7 +104,7 @@ def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarr
     return images, labels.astype(np.int32)
 
 
-def _npz_source(dataset, seed: int) -> _Source:
+def _npz_source(dataset, seed: int) -> Source:
     """``data_dir/SPLIT.npz`` with ``images`` uint8 [n, height, width, channels] and ``labels``."""
     folder = pathlib.Path(os.path.expanduser(dataset.data_dir))
     files = {path.stem: path for path in sorted(folder.glob('*.npz'))}
@@ -120,7 +117,7 @@ def _npz_source(dataset, seed: int) -> _Source:
     def read(split):
         return _read_npz(files[split], files[split].stat().st_mtime)
 
-    used = [_split_name(split) for split in (dataset.train_split, dataset.eval_split)]
+    used = [split_name(split) for split in (dataset.train_split, dataset.eval_split)]
     for split in used:
         if split not in files:
             raise ValueError(f'data split: got {split!r}; accepted: {", ".join(files)}')
@@ -131,7 +128,7 @@ def _npz_source(dataset, seed: int) -> _Source:
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ np.arange(256)
     std = np.sqrt(share @ np.arange(256) ** 2 - mean**2)
-    return _Source(
+    return Source(
         images.shape[1:],
         int(labels.max()) + 1,
         tuple(mean.tolist()),
@@ -165,15 +162,6 @@ _TFDS = {
 }
 
 
-def _tfds_sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Split sizes from the metadata that TFDS keeps beside the data, without TensorFlow."""
-    infos = sorted(folder.glob('*/dataset_info.json'))
-    if not infos:
-        return {}
-    splits = json.loads(infos[-1].read_text())['splits']
-    return {split['name']: sum(map(int, split['shardLengths'])) for split in splits}
-
-
 def _download(builder, name: str, data_dir: pathlib.Path, given: bool) -> None:
     """Downloads into TFDS's default folder; a folder that was given is read only.
 
@@ -194,27 +182,31 @@ def _download(builder, name: str, data_dir: pathlib.Path, given: bool) -> None:
     )
 
 
-def _tfds_source(dataset, seed: int) -> _Source:
+def _tfds_source(dataset, seed: int) -> Source:
     name = dataset.name
     shape, mean, std, (num_train, num_test), num_classes = _TFDS[name]
-    default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-    data_dir = pathlib.Path(os.path.expanduser(dataset.data_dir or default))
+    data_dir = tfds_dir(dataset)
 
     def read(split):
-        tensorflow()
+        tf = tensorflow()
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name, data_dir=data_dir)
         if not builder.is_prepared():
             _download(builder, name, data_dir, given=bool(dataset.data_dir))
         parts = tfds.as_numpy(builder.as_dataset(split=split, batch_size=1000, shuffle_files=False))
-        parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]
+        try:
+            parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]
+        except tf.errors.OpError as error:
+            folder = str(builder.data_dir)
+            raise ValueError(f'data set {name}: cannot read {folder!r}: {error.message}') from error
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
-    published = {'train': num_train, 'test': num_test}
-    sizes = _tfds_sizes(data_dir / name) or published
+    sizes = {'train': num_train, 'test': num_test}
+    if folder := encoded.tfds_folder(data_dir, name):
+        sizes = {split: sum(shards) for split, shards in encoded.tfds_shards(folder).items()}
     scaled = (tuple(255 * x for x in values) for values in (mean, std))
-    return _Source(shape, num_classes, *scaled, sizes, read)
+    return Source(shape, num_classes, *scaled, sizes, read)
 
 
 # ---------------------------------------------------------------------------------- interface
@@ -223,48 +215,40 @@ _SOURCES = {
     'digits': _digits_source,
     'synthetic': _synthetic_source,
     'npz': _npz_source,
+    'image_folder': image_folder_source,
+    'imagenet2012': records_source,
+    'tiny_imagenet': records_source,
     **dict.fromkeys(_TFDS, _tfds_source),
 }
-_SPLIT = re.compile(r'(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
 
 
-def _source(dataset, seed: int) -> _Source:
-    if dataset.name not in _SOURCES:
-        raise ValueError(f'name: got {dataset.name!r}; accepted: {", ".join(_SOURCES)}')
-    return _SOURCES[dataset.name](dataset, seed)
-
-
-def _split_name(split: str) -> str:
-    return split.partition('[')[0]
-
-
-def split_range(split: str, sizes: dict[str, int]) -> range:
-    """The examples of a split such as ``'train'``, ``'train[:20%]'`` or ``'test[100:-50]'``.
-
-    Raises:
-      ValueError: a split that does not exist, cannot be read, or has no examples.
-    """
-    match = _SPLIT.fullmatch(split)
-    if not match or match[1] not in sizes:
+def _source(dataset, seed: int) -> Source:
+    create = _SOURCES.get(dataset.name)
+    if create is None and encoded.tfds_folder(tfds_dir(dataset), dataset.name) is not None:
+        create = records_source
+    if create is None:
         raise ValueError(
-            f'data split: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
-            f'{next(iter(sizes))}[:20%]'
+            f'name: got {dataset.name!r}; accepted: {", ".join(_SOURCES)}, and TFDS folders in '
+            'dataset.data_dir'
         )
-    size = sizes[match[1]]
-
-    def bound(text):
-        if text is None:
-            return None
-        return round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
-
-    chosen = range(size)[bound(match[2]) : bound(match[3])]
-    if not chosen:
-        raise ValueError(f'data split: got {split!r}, which has no examples; {match[1]} has {size}')
-    return chosen
+    source = create(dataset, seed)
+    augmentations = ('none', 'pad_crop', 'pad_crop_flip')
+    if source.open:
+        augmentations = ('none', 'random_resized_crop')
+    if dataset.augment not in augmentations:
+        raise ValueError(
+            f'augment: got {dataset.augment!r}; accepted for {dataset.name}: {", ".join(augmentations)}'
+        )
+    if dataset.num_classes not in (0, source.num_classes):
+        raise ValueError(
+            f'num_classes: got {dataset.num_classes}, but the data has {source.num_classes} classes; '
+            'set 0 to take the number from the data'
+        )
+    return source
 
 
 def dataset_info(dataset, seed: int = 0) -> DatasetInfo:
-    """What ``config.dataset`` describes; reads no images, except for ``npz``.
+    """What ``config.dataset`` describes, from sizes and names alone; only ``npz`` is read for it.
 
     Args:
       dataset: the ``dataset`` part of a config.
@@ -281,7 +265,18 @@ def dataset_info(dataset, seed: int = 0) -> DatasetInfo:
         source.std,
         len(split_range(dataset.train_split, source.sizes)),
         len(split_range(dataset.eval_split, source.sizes)),
+        source.open is not None,
     )
+
+
+def open_split(dataset, split: str) -> EncodedSplit:
+    """Where the examples of a split lie, for a data set whose images stay on disk.
+
+    Raises:
+      ValueError, FileNotFoundError: files that are missing, or are not what they should be.
+    """
+    source = _source(dataset, 0)
+    return source.open(split_name(split)).part(split_range(split, source.sizes))
 
 
 def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -292,8 +287,8 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     """
     source = _source(dataset, seed)
     chosen = split_range(split, source.sizes)
-    images, labels = source.read(_split_name(split))
-    expected = (source.sizes[_split_name(split)], *source.image_shape)
+    images, labels = source.read(split_name(split))
+    expected = (source.sizes[split_name(split)], *source.image_shape)
     if images.shape != expected or labels.max() >= source.num_classes:
         raise ValueError(
             f'data set {dataset.name}, split {split}: got images {images.shape} and labels up to '

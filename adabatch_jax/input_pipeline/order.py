@@ -1,8 +1,11 @@
 """The order of examples and the random draws of their augmentation, as functions of the position."""
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
+
+from adabatch_jax import distributed
 
 
 @functools.lru_cache(maxsize=4)
@@ -26,6 +29,28 @@ def examples_at(seed: int, num_examples: int, start: int, count: int) -> tuple[n
         here = epochs == epoch
         examples[here] = epoch_order(seed, epoch, num_examples)[offsets[here]]
     return examples, epochs
+
+
+def update_examples(
+    seed: int, clock, start: int, batch_size: int, num_parts: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """This process's examples of every update from position ``start`` on, without end.
+
+    Args:
+      seed: of the order.
+      clock: the run's ``schedules.Clock``.
+      start: examples seen before the first update.
+      batch_size: examples of an update over all processes.
+      num_parts: each update comes in so many parts, one after the other; a part has the next
+        examples of every device.
+
+    Yields:
+      Indices in the split and the epoch of each, as ``examples_at`` does.
+    """
+    rows = distributed.local_rows(batch_size)
+    for update in clock.updates(start, batch_size):
+        drawn = examples_at(seed, clock.num_examples, update.start + rows.start, rows.stop - rows.start)
+        yield from zip(*(distributed.split_parts(array, num_parts) for array in drawn), strict=True)
 
 
 def random_bits(seed: int, epochs: np.ndarray, examples: np.ndarray, draws: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""tf.data: batches of any size from any position, augmented in whole batches."""
+"""tf.data for images in memory: batches of any size from any position, augmented in whole batches."""
 
 from collections.abc import Iterator
 
@@ -26,25 +26,25 @@ class TfDataPipeline:
         self._images, self._labels = tf.constant(images), labels
         self._eval = load_split(dataset, dataset.eval_split, config.seed)
 
-    def train_batches(self, start: int, batch_size: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
         """This process's share of every batch from position ``start`` on, without end.
 
         Args:
           start: examples seen before the first batch.
           batch_size: examples of a batch over all processes.
+          num_parts: in how many parts each batch comes, one after the other.
 
         Yields:
           ``image`` uint8 ``[n, height, width, channels]``, ``label`` int32 ``[n]`` and ``example``,
           the index in the training split, int32 ``[n]``.
         """
         rows = distributed.local_rows(batch_size)
-        size = rows.stop - rows.start
+        size = (rows.stop - rows.start) // num_parts
 
         def draws():
-            for update in self._clock.updates(start, batch_size):
-                examples, epochs = order.examples_at(
-                    self._seed, self._clock.num_examples, update.start + rows.start, size
-                )
+            for examples, epochs in order.update_examples(
+                self._seed, self._clock, start, batch_size, num_parts
+            ):
                 offsets, mirrored = order.crop_and_flip(
                     self._seed, epochs, examples, self._padding, self._flip
                 )

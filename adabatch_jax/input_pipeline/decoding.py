@@ -1,0 +1,270 @@
+"""tf.data for encoded images: read, decode only the crop, resize, flip, from any position."""
+
+import collections
+import concurrent.futures
+import itertools
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from adabatch_jax import distributed
+from adabatch_jax.input_pipeline import order
+from adabatch_jax.input_pipeline.datasets import DataError, open_split, tensorflow
+from adabatch_jax.input_pipeline.encoded import EncodedSplit
+
+tf = tensorflow()
+
+Batch = dict[str, np.ndarray]
+
+_THREADS = 16  # that read files; they wait for the disk most of the time
+_ATTEMPTS = 10  # at a crop that lies inside the image, as is usual for ImageNet
+_DRAWS = 2 * _ATTEMPTS + 3
+_LOG_RATIO = float(np.log(4 / 3))  # of width to height, up or down
+
+
+class EncodedPipeline:
+    """Training and evaluation batches of this process, decoded as they are needed.
+
+    Memory holds a few batches and the positions of the examples, never the images. Images that cannot be
+    decoded are an error that names their file; with ``dataset.skip_undecodable`` they take part as
+    black images with label -1, which the train step and the evaluation leave out.
+    """
+
+    def __init__(self, config, info, clock):
+        dataset = config.dataset
+        self._seed = config.seed
+        self._clock = clock
+        self._side, _, self._channels = info.image_shape
+        self._num_classes = info.num_classes
+        self._min_area = dataset.min_crop_area if dataset.augment == 'random_resized_crop' else None
+        resized = dataset.eval_resize or round(self._side * 256 / 224)
+        if resized < self._side:
+            raise ValueError(f'eval_resize: got {resized}; accepted: at least image_size ({self._side})')
+        self._eval_part = self._side / resized  # of the shorter side of an image
+        self._train = open_split(dataset, dataset.train_split)
+        self._eval = open_split(dataset, dataset.eval_split)
+        self._skip = dataset.skip_undecodable
+        self._undecodable: set[tuple[int, int]] = set()  # (split, example), split by identity
+        self._readers = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix='read')
+
+    def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
+        """This process's share of every batch from position ``start`` on, without end.
+
+        Args:
+          start: examples seen before the first batch.
+          batch_size: examples of a batch over all processes.
+          num_parts: in how many parts each batch comes, one after the other.
+
+        Yields:
+          ``image`` uint8 ``[n, side, side, channels]``, ``label`` int32 ``[n]`` (-1 for an image left
+          out) and ``example``, the index in the training split, int32 ``[n]``.
+        """
+
+        def parts(skipped):
+            examples = order.update_examples(self._seed, self._clock, start, batch_size, num_parts)
+            return itertools.islice(examples, skipped, None)  # after an error only; indices are cheap
+
+        for batch in self._batches(self._train, parts, self._random_window):
+            del batch['mask']
+            yield batch
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every evaluation example once, this process's share; the last batch is padded.
+
+        Yields:
+          ``image``, ``label``, and ``mask``, float32 ``[n]``: 1 for an example, 0 for padding.
+        """
+        rows = distributed.local_rows(batch_size)
+
+        def parts(skipped):
+            for start in range(skipped * batch_size, len(self._eval), batch_size):
+                examples = np.arange(start + rows.start, start + rows.stop)
+                yield np.where(examples < len(self._eval), examples, -1), np.zeros_like(examples)
+
+        for batch in self._batches(self._eval, parts, self._central_window):
+            del batch['example']
+            yield batch
+
+    # ------------------------------------------------------------------ examples to batches
+
+    def _batches(
+        self, split: EncodedSplit, parts: Callable[[int], Iterator], window: Callable
+    ) -> Iterator[Batch]:
+        """The batches of ``parts(0)``; where one fails, again from there without what failed."""
+        stream = self._stream(split, parts(0), window)
+        for done, (examples, _) in enumerate(parts(0)):
+            while True:
+                try:
+                    batch = next(stream)
+                    break
+                except tf.errors.OpError as error:
+                    self._leave_out(split, examples, error)
+                    stream = self._stream(split, parts(done), window)
+            too_high = batch['label'] >= self._num_classes
+            if too_high.any():
+                example = batch['example'][too_high.argmax()]
+                raise DataError(
+                    f'{split.name(example)}: got label {batch["label"].max()}; accepted: below '
+                    f'{self._num_classes}'
+                )
+            batch['mask'] = (batch['label'] >= 0).astype(np.float32)
+            yield batch
+
+    def _stream(self, split: EncodedSplit, parts: Iterator, window: Callable) -> Iterator[Batch]:
+        first, parts = _peek(parts)
+        size = len(first[0])
+        decode = tf.autograph.experimental.do_not_convert(
+            lambda *example: self._decode(split.labels is None, window, *example)
+        )
+        signature = (
+            tf.TensorSpec([], tf.string),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([_DRAWS], tf.int64),
+        )
+        return (
+            tf.data.Dataset.from_generator(lambda: self._read(split, parts), output_signature=signature)
+            .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .batch(size)
+            .prefetch(2)
+            .as_numpy_iterator()
+        )
+
+    def _read(self, split: EncodedSplit, parts: Iterator) -> Iterator[tuple]:
+        """Bytes, label, index and random draws of each example, read ahead by several threads."""
+
+        def read(example):
+            if example < 0 or (id(split), example) in self._undecodable:
+                return b'', -1
+            return split.read(example), 0 if split.labels is None else split.labels[example]
+
+        def reading():
+            for examples, epochs in parts:
+                draws = order.random_bits(self._seed, epochs, examples, _DRAWS).astype(np.int64)
+                for example, words in zip(examples.tolist(), draws, strict=True):
+                    yield self._readers.submit(read, example), example, words
+
+        ahead, examples = collections.deque(), reading()
+        while True:
+            ahead.extend(itertools.islice(examples, 4 * _THREADS - len(ahead)))
+            if not ahead:
+                return
+            data, example, words = ahead.popleft()
+            yield *data.result(), example, words
+
+    def _leave_out(self, split: EncodedSplit, examples: np.ndarray, error: Exception) -> None:
+        """Notes which of a batch's images cannot be decoded, or raises for the first of them."""
+        found = {}
+        for example in examples.tolist():
+            if example >= 0 and (id(split), example) not in self._undecodable:
+                try:
+                    self._decode(
+                        split.labels is None,
+                        self._central_window,
+                        tf.constant(split.read(example)),
+                        tf.constant(0),
+                        tf.constant(example),
+                        tf.zeros([_DRAWS], tf.int64),
+                    )
+                except (tf.errors.OpError, OSError) as reason:
+                    found[example] = _plain(getattr(reason, 'message', str(reason)))
+        if not found:
+            raise error
+        for example, reason in found.items():
+            message = f'{split.name(example)}: cannot be decoded ({reason})'
+            if not self._skip:
+                raise DataError(
+                    f'{message}; repair or remove it, or set dataset.skip_undecodable=True'
+                ) from error
+            print(f'{message}; left out', flush=True)
+            self._undecodable.add((id(split), example))
+
+    # --------------------------------------------------------------- one example, in TensorFlow
+
+    def _decode(self, in_record, window, data, label, example, words):
+        """An image of the model's size; a black one where the label -1 says to leave it out."""
+        shape = (self._side, self._side, self._channels)
+
+        def nothing():
+            return tf.zeros(shape, tf.uint8), tf.constant(-1)
+
+        def something():
+            image, class_ = data, label
+            if in_record:
+                features = {
+                    'image': tf.io.FixedLenFeature([], tf.string),
+                    'label': tf.io.FixedLenFeature([], tf.int64),
+                }
+                record = tf.io.parse_single_example(data, features)
+                image, class_ = record['image'], tf.cast(record['label'], tf.int32)
+            pixels = self._decode_window(image, lambda *size: window(words, *size))
+            pixels = tf.image.resize(tf.cast(pixels, tf.float32), shape[:2], antialias=True)
+            pixels = tf.cast(tf.clip_by_value(tf.round(pixels), 0, 255), tf.uint8)
+            if window == self._random_window and self._min_area is not None:
+                mirrored = words[-1] >= 2**31
+                pixels = tf.cond(mirrored, lambda: pixels[:, ::-1], lambda: pixels)
+            return tf.ensure_shape(pixels, shape), class_
+
+        image, label = tf.cond(label < 0, nothing, something)
+        return {'image': image, 'label': label, 'example': example}
+
+    def _decode_window(self, image, window):
+        """Decodes the window ``(top, left, height, width)`` chosen for an image's size."""
+
+        def jpeg():
+            height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(image))
+            return tf.image.decode_and_crop_jpeg(
+                image,
+                tf.stack(window(height, width)),
+                channels=self._channels,
+                dct_method='INTEGER_ACCURATE',
+            )
+
+        def other():
+            pixels = tf.io.decode_image(image, channels=self._channels, expand_animations=False)
+            pixels = tf.ensure_shape(pixels, [None, None, self._channels])
+            size = tf.shape(pixels)
+            top, left, height, width = window(size[0], size[1])
+            return pixels[top : top + height, left : left + width]
+
+        return tf.cond(tf.io.is_jpeg(image), jpeg, other)
+
+    def _central_window(self, words, height, width):
+        """The central square that resizing and cropping would leave."""
+        side = tf.cast(tf.minimum(height, width), tf.float64) * self._eval_part
+        side = tf.maximum(tf.cast(tf.round(side), tf.int32), 1)
+        return (height - side) // 2, (width - side) // 2, side, side
+
+    def _random_window(self, words, height, width):
+        """A random part of the area, of random aspect (Szegedy et al., 2015, section 6).
+
+        The first of ten attempts that lies inside the image; if none does, the largest centred window
+        of an aspect between 3:4 and 4:3. Without augmentation the window of evaluation.
+        """
+        if self._min_area is None:
+            return self._central_window(words, height, width)
+        uniform = tf.cast(words, tf.float64) / 2.0**32
+        rows, columns = tf.cast(height, tf.float64), tf.cast(width, tf.float64)
+        area = rows * columns * (self._min_area + uniform[:_ATTEMPTS] * (1 - self._min_area))
+        ratio = tf.exp((2 * uniform[_ATTEMPTS : 2 * _ATTEMPTS] - 1) * _LOG_RATIO)
+        heights, widths = tf.round(tf.sqrt(area / ratio)), tf.round(tf.sqrt(area * ratio))
+        fits = (heights >= 1) & (widths >= 1) & (heights <= rows) & (widths <= columns)
+        first = tf.argmax(fits)
+        any_fits = tf.reduce_any(fits)
+        h = tf.where(any_fits, heights[first], tf.minimum(rows, tf.round(columns * 4 / 3)))
+        w = tf.where(any_fits, widths[first], tf.minimum(columns, tf.round(rows * 4 / 3)))
+        place = tf.where(any_fits, uniform[2 * _ATTEMPTS : 2 * _ATTEMPTS + 2], [0.5, 0.5])
+        top = tf.floor(place[0] * (rows - h + 1))
+        left = tf.floor(place[1] * (columns - w + 1))
+        return tuple(tf.cast(value, tf.int32) for value in (top, left, h, w))
+
+
+def _plain(message: str) -> str:
+    """TensorFlow's message without the names of graph nodes around it."""
+    return re.sub(r'\{\{.*?\}\}|\[Op:.*', '', message.partition('\n')[0]).strip()[:150]
+
+
+def _peek(iterator):
+    first = next(iterator)
+    return first, itertools.chain([first], iterator)

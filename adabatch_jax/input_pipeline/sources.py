@@ -1,0 +1,60 @@
+"""What every data set tells of itself, its splits and their slices."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from adabatch_jax.input_pipeline.encoded import EncodedSplit
+
+_SPLIT = re.compile(r'(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One data set: its shape, its split sizes, and how to read or to open a whole split."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sizes: dict[str, int]
+    read: Callable[[str], tuple[np.ndarray, np.ndarray]] | None  # split -> images uint8, labels int32
+    open: Callable[[str], EncodedSplit] | None = None  # instead of ``read``: images stay on disk
+
+
+def tfds_dir(dataset) -> pathlib.Path:
+    default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+    return pathlib.Path(os.path.expanduser(dataset.data_dir or default))
+
+
+def split_name(split: str) -> str:
+    return split.partition('[')[0]
+
+
+def split_range(split: str, sizes: dict[str, int]) -> range:
+    """The examples of a split such as ``'train'``, ``'train[:20%]'`` or ``'test[100:-50]'``.
+
+    Raises:
+      ValueError: a split that does not exist, cannot be read, or has no examples.
+    """
+    match = _SPLIT.fullmatch(split)
+    if not match or match[1] not in sizes:
+        raise ValueError(
+            f'data split: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
+            f'{next(iter(sizes))}[:20%]'
+        )
+    size = sizes[match[1]]
+
+    def bound(text):
+        if text is None:
+            return None
+        return round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
+
+    chosen = range(size)[bound(match[2]) : bound(match[3])]
+    if not chosen:
+        raise ValueError(f'data split: got {split!r}, which has no examples; {match[1]} has {size}')
+    return chosen
