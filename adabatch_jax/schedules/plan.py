@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ class Plan:
       num_devices: devices over all processes.
       ladder: sorted batch sizes that the run may use.
       planned: whether the policy's stages are all known in advance.
+      max_per_device: largest microbatch of one device; 0 for no limit.
+      microbatch_multiple: what every microbatch is a multiple of.
     """
 
     clock: Clock
@@ -55,10 +57,16 @@ class Plan:
     num_devices: int
     ladder: tuple[int, ...]
     planned: bool
+    max_per_device: int = 0
+    microbatch_multiple: int = 1
 
     @property
     def num_updates(self) -> int:
         return sum(stage.num_updates for stage in self.stages)
+
+    def split(self, batch_size: int) -> tuple[int, int]:
+        """``(microbatch_size, num_microbatches)`` of a batch size, as ``split_batch`` says."""
+        return split_batch(batch_size, self.num_devices, self.max_per_device, self.microbatch_multiple)
 
     def updates(self) -> Iterator[Update]:
         """Every update in order."""
@@ -93,6 +101,7 @@ class Plan:
             'num_epochs': clock.num_epochs,
             'remainder': clock.remainder,
             'num_devices': self.num_devices,
+            'max_per_device': self.max_per_device,
             'coupling': self.learning_rate.coupling,
             'reference_batch_size': self.learning_rate.reference_batch_size,
             'planned': self.planned,
@@ -102,13 +111,19 @@ class Plan:
         }
 
 
-def split_batch(batch_size: int, num_devices: int, max_per_device: int = 0) -> tuple[int, int]:
+def split_batch(
+    batch_size: int, num_devices: int, max_per_device: int = 0, multiple_of: int = 1
+) -> tuple[int, int]:
     """Returns ``(microbatch_size, num_microbatches)``: the fewest equal microbatches that fit.
 
     Args:
       batch_size: examples per update over all devices.
       num_devices: devices over all processes.
       max_per_device: largest microbatch of one device; 0 for no limit.
+      multiple_of: what a microbatch has to be a multiple of, such as the groups of ghost BatchNorm.
+
+    Raises:
+      ValueError: there is no such split.
     """
     if batch_size < 1:
         raise ValueError(f'batch size: got {batch_size}; needs at least 1')
@@ -118,11 +133,15 @@ def split_batch(batch_size: int, num_devices: int, max_per_device: int = 0) -> t
             f'use a multiple of {num_devices}'
         )
     per_device = batch_size // num_devices
-    num_microbatches = 1
-    if max_per_device:
-        smallest = math.ceil(per_device / max_per_device)
-        num_microbatches = next(n for n in range(smallest, per_device + 1) if per_device % n == 0)
-    return per_device // num_microbatches, num_microbatches
+    fewest = math.ceil(per_device / max_per_device) if max_per_device else 1
+    for num_microbatches in range(fewest, per_device // multiple_of + 1):
+        if per_device % (num_microbatches * multiple_of) == 0:
+            return per_device // num_microbatches, num_microbatches
+    at_most = f' of at most {max_per_device} examples' if max_per_device else ''
+    raise ValueError(
+        f'batch size {batch_size} on {num_devices} devices: got {per_device} examples a device, which '
+        f'do not divide into microbatches{at_most} that are multiples of {multiple_of}'
+    )
 
 
 def make_plan(
@@ -132,6 +151,7 @@ def make_plan(
     *,
     num_devices: int = 1,
     max_per_device: int = 0,
+    microbatch_multiple: int = 1,
     ladder: Iterable[int] = (),
     planned: bool = True,
 ) -> Plan:
@@ -143,6 +163,7 @@ def make_plan(
       learning_rate: the coupling rule.
       num_devices: devices over all processes.
       max_per_device: largest microbatch of one device; 0 for no limit.
+      microbatch_multiple: what every microbatch has to be a multiple of.
       ladder: further batch sizes that decisions during the run may choose.
       planned: whether ``transitions`` are all there will be.
 
@@ -158,20 +179,33 @@ def make_plan(
                 f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
                 'set batch.max_size or choose fewer growth steps'
             )
-        split_batch(size, num_devices, max_per_device)
-    stages = _stages(clock, transitions, learning_rate, num_devices, max_per_device)
+
+    def split(size):
+        return split_batch(size, num_devices, max_per_device, microbatch_multiple)
+
+    for size in sizes:
+        split(size)
+    stages = _stages(clock, transitions, learning_rate, split)
     highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
     if not highest <= float(np.finfo(np.float32).max):
         raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
-    return Plan(clock, learning_rate, stages, num_devices, tuple(sizes), planned)
+    return Plan(
+        clock,
+        learning_rate,
+        stages,
+        num_devices,
+        tuple(sizes),
+        planned,
+        max_per_device,
+        microbatch_multiple,
+    )
 
 
 def _stages(
     clock: Clock,
     transitions: tuple[Transition, ...],
     learning_rate: LearningRate,
-    num_devices: int,
-    max_per_device: int,
+    split: Callable[[int], tuple[int, int]],
 ) -> tuple[Stage, ...]:
     """The stages that transitions in order lead to: those in which an update begins."""
     stages = []
@@ -185,7 +219,7 @@ def _stages(
             if position < stop:  # its batch does not fit into what is left of the epoch
                 position = start
             continue
-        microbatch_size, num_microbatches = split_batch(size, num_devices, max_per_device)
+        microbatch_size, num_microbatches = split(size)
         before = stages[-1] if stages else None
         stage = Stage(
             index=len(stages),
