@@ -74,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     batch.patience_epochs = 3  # policy plateau: epochs without improvement before growth
     batch.min_improvement = 0.01  # policy plateau: relative fall of the loss that is improvement
     batch.update_growth_factor = 1.1  # policy friedlander_schmidt: growth of the sample per update
-    batch.max_per_device = 0  # examples; largest microbatch of one device, 0: the whole share
+    batch.max_per_device = 0  # examples; largest microbatch of one device, 0: what its memory holds
 
     config.learning_rate = rate = ml_collections.ConfigDict()
     rate.effective = 0.01  # at the reference batch size

@@ -26,13 +26,12 @@ class Experiment:
     policy: policies.Policy
     plan: schedules.Plan
     model: nn.Module
+    has_batch_norm: bool
     optimizer: optax.GradientTransformation
 
     def train_spec(self, batch_size: int) -> steps.StepSpec:
         """The train step of a batch size."""
-        _, num_microbatches = schedules.split_batch(
-            batch_size, self.plan.num_devices, self.config.batch.max_per_device
-        )
+        _, num_microbatches = self.plan.split(batch_size)
         return steps.StepSpec(
             self.model,
             self.optimizer,
@@ -41,6 +40,28 @@ class Experiment:
             batch_size,
             num_microbatches,
         )
+
+    def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
+        """The same experiment with its batches split for a largest microbatch; 0 for no limit."""
+        with user_errors('config.batch'):
+            return dataclasses.replace(
+                self,
+                plan=_plan(
+                    self.plan.clock,
+                    self.policy,
+                    self.learning_rate,
+                    max_per_device,
+                    self.plan.microbatch_multiple,
+                ),
+            )
+
+    def normalised_over(self, stage: schedules.Stage) -> int:
+        """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""
+        if not self.has_batch_norm:
+            return 0
+        policy = self.config.model.batch_norm
+        devices = self.plan.num_devices if policy == 'sync' else 1
+        return models.check_batch_norm(policy) or stage.microbatch_size * devices
 
     @property
     def eval_spec(self) -> steps.StepSpec:
@@ -77,15 +98,10 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
         )
     with user_errors('config.batch'):
         policy = policies.create(config, rate, clock)
-        plan = schedules.make_plan(
-            clock,
-            policy.transitions,
-            rate,
-            num_devices=jax.device_count(),
-            max_per_device=config.batch.max_per_device,
-            ladder=policy.ladder,
-            planned=policy.planned,
-        )
+    with user_errors('config.model'):
+        group = models.check_batch_norm(config.model.batch_norm) or 1
+    with user_errors('config.batch'):
+        plan = _plan(clock, policy, rate, config.batch.max_per_device, group)
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -94,18 +110,23 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
             batch_norm=config.model.batch_norm,
             **_family_options(config.model),
         )
-        check_images(model, info.image_shape)
-        if group := models.check_batch_norm(config.model.batch_norm):
-            for size in plan.ladder:
-                micro, _ = schedules.split_batch(size, plan.num_devices, config.batch.max_per_device)
-                if micro % group:
-                    raise ValueError(
-                        f'batch_norm: got {config.model.batch_norm!r}, but the microbatches of batch '
-                        f'size {size} have {micro} examples; use a multiple of {group}'
-                    )
+        has_batch_norm = 'batch_stats' in check_images(model, info.image_shape)
     with user_errors('config.optimizer'):
         optimizer = optimizers.create(**config.optimizer)
-    return Experiment(config, info, clock, rate, policy, plan, model, optimizer)
+    return Experiment(config, info, clock, rate, policy, plan, model, has_batch_norm, optimizer)
+
+
+def _plan(clock, policy, learning_rate, max_per_device, microbatch_multiple) -> schedules.Plan:
+    return schedules.make_plan(
+        clock,
+        policy.transitions,
+        learning_rate,
+        num_devices=jax.device_count(),
+        max_per_device=max_per_device,
+        microbatch_multiple=microbatch_multiple,
+        ladder=policy.ladder,
+        planned=policy.planned,
+    )
 
 
 def _family_options(model) -> dict[str, Any]:
@@ -114,11 +135,11 @@ def _family_options(model) -> dict[str, Any]:
     return {key: model[key] for key, default in options.items() if model[key] != default}
 
 
-def check_images(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Raises ``ValueError`` where a model cannot take images of a shape."""
+def check_images(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The shapes of a model's variables, or ``ValueError`` where it cannot take images of a shape."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
     try:
-        jax.eval_shape(init, jax.random.key(0), images)
+        return jax.eval_shape(init, jax.random.key(0), images)
     except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
         raise ValueError(f'{type(model).__name__} cannot take images of {image_shape}') from error

@@ -92,7 +92,8 @@ def run(values: flags.FlagValues) -> int:
         with user_errors('workdir'):
             workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
     if values.mode == 'plan':
-        terminal.print_plan(train.plan(config))
+        experiment = train.fitted(config)
+        terminal.print_plan(experiment.plan, experiment.normalised_over)
         return 0
     if values.mode == 'eval':
         result = evaluate.evaluate_checkpoint(resolve(config), directory, values.checkpoint)

@@ -114,6 +114,7 @@ class Run:
             },
             'stage': self.stage,
             'batch_size': self.batch_size,
+            'max_per_device': self.experiment.plan.max_per_device,
             'window': self.window,
             'observed': self.observed,
             'evaluation': self.evaluation,

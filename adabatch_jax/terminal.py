@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: the plan, a progress bar, a table of the stages."""
 
+from collections.abc import Callable
 from typing import Any
 
 import rich.box
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from adabatch_jax.schedules import Clock, Plan
+from adabatch_jax.schedules import Clock, Plan, Stage
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -27,16 +28,22 @@ def _range(start: float, end: float) -> str:
     return f'{start:.6g}' if start == end else f'{start:.6g} - {end:.6g}'
 
 
-def print_plan(plan: Plan) -> None:
-    """Prints every stage of a plan and its totals."""
+def print_plan(plan: Plan, normalised_over: Callable[[Stage], int]) -> None:
+    """Prints every stage of a plan and its totals.
+
+    Args:
+      plan: of the run.
+      normalised_over: examples that BatchNorm takes its statistics over in a stage; 0 for none.
+    """
     clock = plan.clock
-    table = _table('Plan', 'stage', 'epochs', 'batch', 'split', 'updates', 'learning rate')
+    table = _table('Plan', 'stage', 'epochs', 'batch', 'split', 'BatchNorm', 'updates', 'learning rate')
     for stage in plan.stages:
         table.add_row(
             str(stage.index),
             f'{clock.epoch(stage.start):.5g} - {clock.epoch(stage.end):.5g}',
             f'{stage.batch_size:,}',
             f'{plan.num_devices} x {stage.num_microbatches} x {stage.microbatch_size}',
+            f'{over:,}' if (over := normalised_over(stage)) else '-',
             f'{stage.num_updates:,}',
             _range(stage.learning_rate_start, stage.learning_rate_end),
         )
@@ -46,7 +53,7 @@ def print_plan(plan: Plan) -> None:
         f'{plan.num_updates:,} updates, {clock.num_epochs:g} epochs of {clock.num_examples:,} '
         f'examples, partial batches: {clock.remainder}; learning rate stated for batch size '
         f'{rate.reference_batch_size}, coupling {rate.coupling}; split: devices x microbatches x '
-        'examples of a microbatch'
+        'examples of a microbatch; BatchNorm: examples behind each of its statistics'
     )
     if not plan.planned:
         sizes = ', '.join(map(str, plan.ladder))

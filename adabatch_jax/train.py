@@ -14,6 +14,7 @@ from adabatch_jax import (
     checkpoint,
     distributed,
     input_pipeline,
+    memory,
     metrics,
     schedules,
     steps,
@@ -21,10 +22,10 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.config import resolve, user_errors
-from adabatch_jax.experiment import describe
+from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.run import Diverged, Run
 
-__all__ = ['Diverged', 'Preempted', 'plan', 'train']
+__all__ = ['Diverged', 'Preempted', 'fitted', 'plan', 'train']
 
 
 class Preempted(RuntimeError):
@@ -53,37 +54,73 @@ def train(
       Preempted: ``stop`` was set.
     """
     config = resolve(config)
-    with open_run(config, pathlib.Path(directory)) as run:
-        if run.upcoming is None and (summary := run.written_summary()):
-            run.display.say('this run is complete: nothing is left to train')
-            return summary
-        while run.upcoming is not None:
-            if run.step_fn is None or run.changes_stage:
-                run.enter_stage()
-            flight = run.dispatch()
-            run.observe()  # update k - 1, while update k runs: never more than one in flight
-            run.in_flight = flight
-            run.decide()
-            if run.upcoming is None:
-                break
-            if run.is_due(config.eval_every_epochs):
-                run.evaluate()
-            if run.is_due(config.checkpoint_every_epochs):
-                run.save()
-            if stop is not None and stop.is_set():
-                run.save()
-                raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
-        return run.finish()
+    max_per_device = None  # as config and checkpoint say
+    while True:
+        with open_run(config, pathlib.Path(directory), max_per_device) as run:
+            try:
+                return loop(run, stop)
+            except jax.errors.JaxRuntimeError as error:
+                size = run.upcoming.batch_size if run.upcoming else run.batch_size
+                max_per_device = memory.smaller_microbatch(error, run.experiment, size)
+                # Begins again at the last checkpoint: what became of donated buffers is not known.
+                run.display.say(
+                    f'update {run.step + 1}: out of memory; microbatches of at most {max_per_device} '
+                    'examples from the last checkpoint on'
+                )
+
+
+def loop(run: Run, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Trains from where a run is to its end; the arguments and results are those of ``train``."""
+    config = run.experiment.config
+    if run.upcoming is None and (summary := run.written_summary()):
+        run.display.say('this run is complete: nothing is left to train')
+        return summary
+    while run.upcoming is not None:
+        if run.step_fn is None or run.changes_stage:
+            run.enter_stage()
+        flight = run.dispatch()
+        run.observe()  # update k - 1, while update k runs: never more than one in flight
+        run.in_flight = flight
+        run.decide()
+        if run.upcoming is None:
+            break
+        if run.is_due(config.eval_every_epochs):
+            run.evaluate()
+        if run.is_due(config.checkpoint_every_epochs):
+            run.save()
+        if stop is not None and stop.is_set():
+            run.save()
+            raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
+    return run.finish()
 
 
 def plan(config: ml_collections.ConfigDict) -> schedules.Plan:
-    """Every stage of the run that a config describes; raises ``ConfigError`` for one that fails."""
+    """Every stage of the run that a config describes; raises ``ConfigError`` for one that fails.
+
+    Compiles nothing: with ``batch.max_per_device=0`` no batch is split. ``fitted`` splits them as a run
+    on this machine would.
+    """
     return describe(resolve(config)).plan
 
 
+def fitted(config: ml_collections.ConfigDict) -> Experiment:
+    """The experiment of a config, its batches split as the memory of this machine's devices asks for."""
+    config = resolve(config)
+    steps.enable_persistent_cache(config.compile.cache_dir)  # a run that follows finds the step there
+    return memory.fit(describe(config))
+
+
 @contextlib.contextmanager
-def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> Iterator[Run]:
-    """Sets up a run at the position that its work directory holds, and closes its files."""
+def open_run(
+    config: ml_collections.FrozenConfigDict,
+    directory: pathlib.Path,
+    max_per_device: int | None = None,
+) -> Iterator[Run]:
+    """Sets up a run at the position that its work directory holds, and closes its files.
+
+    The largest microbatch is ``max_per_device`` where that is given, else the one of the checkpoint, so
+    that a continued run computes the same on another machine, else that of the config.
+    """
     steps.enable_persistent_cache(config.compile.cache_dir)
     experiment = describe(config)
     with user_errors('workdir'):
@@ -94,6 +131,12 @@ def open_run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -
     )
     if checkpoint.steps(folder):
         state, host = checkpoint.restore(folder, target=state)
+    if max_per_device is None and host is not None:
+        max_per_device = host.get('max_per_device')  # older checkpoints do not say
+    if max_per_device is None:
+        experiment = memory.fit(experiment)
+    else:
+        experiment = experiment.with_microbatches_up_to(max_per_device)
     state = jax.device_put(state, distributed.replicated())
     upcoming = host['upcoming'] if host else {'batch_size': experiment.plan.stages[0].batch_size}
     if config.compile.precompile and upcoming:  # the first step compiles while the data is read

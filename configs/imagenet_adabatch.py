@@ -19,8 +19,8 @@ VARIANT is NETWORK_KIND of
               adaptive_4  8192 growing by 4: 32,768 and 131,072; the learning rate falls to 0.4
               adaptive_8  8192 growing by 8: 65,536 and 524,288; the learning rate falls to 0.8
 
-DIR holds imagenet2012/, as "tfds build imagenet2012" leaves it. Plans need no data: --mode=plan. Set
---config.batch.max_per_device to the examples that a device can train on at once, such as 256.
+DIR holds imagenet2012/, as "tfds build imagenet2012" leaves it. Plans need no data: --mode=plan. Batches
+that do not fit into memory are split by themselves (batch.max_per_device=0).
 
 Expected: 8,190, 6,120 and 5,310 updates of adaptive_2, adaptive_4 and adaptive_8 against 14,040 of fixed
 and 450,360 of small. As in the official code, the partial batch at an epoch's end is skipped, which for

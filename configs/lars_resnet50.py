@@ -8,8 +8,8 @@ polynomial decay of power 2 after warm-up.
     python -m adabatch_jax.main --config=configs/lars_resnet50.py --workdir=runs/lars \\
       --config.dataset.data_dir=DIR
 
-DIR holds imagenet2012/, as "tfds build imagenet2012" leaves it. Set --config.batch.max_per_device to the
-examples that a device can train on at once, such as 256.
+DIR holds imagenet2012/, as "tfds build imagenet2012" leaves it. A batch that does not fit into memory is
+split by itself (batch.max_per_device=0).
 
 Expected: 3,910 updates. No accuracy is given here, since none could be checked against the paper.
 

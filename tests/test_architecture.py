@@ -25,6 +25,7 @@ ALLOWED = {
     'experiment': {
         'config', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules', 'steps',
     },
+    'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'config', 'distributed', 'experiment', 'input_pipeline', 'metrics', 'steps',
         'train_state',

@@ -140,7 +140,8 @@ def split_batch(
     at_most = f' of at most {max_per_device} examples' if max_per_device else ''
     raise ValueError(
         f'batch size {batch_size} on {num_devices} devices: got {per_device} examples a device, which '
-        f'do not divide into microbatches{at_most} that are multiples of {multiple_of}'
+        f'do not divide into microbatches{at_most} that are multiples of {multiple_of} (the groups of '
+        'model.batch_norm)'
     )
 
 

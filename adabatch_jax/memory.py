@@ -1,0 +1,93 @@
+"""Which microbatch a device's memory holds: from the compiled step's own account, before training."""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from adabatch_jax import steps
+from adabatch_jax.config import ConfigError
+from adabatch_jax.experiment import Experiment
+
+# Beside the step a device holds the batches put ahead, the evaluation step, and what the allocator loses
+# in gaps.
+USABLE = 0.85
+OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in the message of what JAX raises
+
+
+def device_bytes() -> int:
+    """The memory that one device of this process can use; CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if 'bytes_limit' in stats:
+        return stats['bytes_limit']
+    machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with contextlib.suppress(OSError, ValueError):  # a container may be allowed less
+        machine = min(machine, int(pathlib.Path('/sys/fs/cgroup/memory.max').read_text()))
+    return machine // jax.local_device_count()
+
+
+def step_bytes(spec: steps.StepSpec) -> float:
+    """Memory of one device while a step runs; infinite where it is too large to be compiled."""
+    try:
+        return steps.CACHE.precompile(spec).result().memory_bytes
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        return float('inf')
+
+
+def fit(
+    experiment: Experiment,
+    available: float | None = None,
+    memory_of: Callable[[steps.StepSpec], float] = step_bytes,
+) -> Experiment:
+    """The experiment with the largest microbatch whose step fits into a device's memory.
+
+    The step of the largest batch is compiled, and as long as it needs too much, again with a microbatch
+    that is smaller in proportion. What a step needs grows with its microbatch from more than nothing, so
+    that the search comes down from above and stops at the first that fits.
+
+    Args:
+      experiment: one with ``batch.max_per_device=0``; else it is returned as it is.
+      available: bytes of one device that a step may take; measured where left out.
+      memory_of: bytes that a step needs.
+
+    Raises:
+      ConfigError: even the smallest microbatch needs more.
+    """
+    if experiment.plan.max_per_device:
+        return experiment
+    available = device_bytes() * USABLE if available is None else available
+    largest = experiment.plan.ladder[-1]
+    while (needed := memory_of(experiment.train_spec(largest))) > available:
+        microbatch, _ = experiment.plan.split(largest)
+        smallest = experiment.plan.microbatch_multiple
+        if microbatch == smallest:
+            raise ConfigError(
+                f'config.batch.max_per_device: got 0, but the step of batch size {largest} with '
+                f'microbatches of {smallest} needs {needed / 2**30:.3g} GiB of a device that has '
+                f'{available / 2**30:.3g}; choose a smaller model or batch, or more devices'
+            )
+        ratio = available / needed if math.isfinite(needed) else 1 / 8
+        guess = min(int(microbatch * ratio), microbatch - 1)
+        experiment = experiment.with_microbatches_up_to(max(guess, smallest))
+    return experiment
+
+
+def smaller_microbatch(error: Exception, experiment: Experiment, batch_size: int) -> int:
+    """The microbatch to go on with after ``error`` at a batch size: half of the one it came with.
+
+    Raises:
+      Exception: ``error`` itself, where it is not about memory or nothing smaller is left.
+    """
+    if OUT_OF_MEMORY not in str(error):
+        raise error
+    smallest = experiment.plan.microbatch_multiple
+    microbatch, _ = experiment.plan.split(batch_size)
+    if microbatch == smallest:
+        raise error
+    return max(microbatch // 2 // smallest * smallest, smallest)

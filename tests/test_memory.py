@@ -1,0 +1,168 @@
+"""The search for the largest microbatch, and going on after running out of memory."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from adabatch_jax import memory, metrics, steps, train
+from adabatch_jax.config import ConfigError, default_config, resolve
+from adabatch_jax.experiment import describe
+
+
+def make_config(**changes):
+    config = default_config()
+    settings = {
+        'num_epochs': 3.0,
+        'model.name': 'resnet8',
+        'dataset.name': 'synthetic',
+        'dataset.num_examples': 64,
+        'dataset.image_size': 8,
+        'dataset.crop_padding': 1,
+        'dataset.eval_batch_size': 32,
+        'batch.base_size': 8,
+        'batch.growth_epochs': 1.0,
+        'learning_rate.reference_batch_size': 8,
+        'log_every_steps': 4,
+    }
+    config.update_from_flattened_dict(settings | changes)
+    return config
+
+
+def fit(available, fixed=100, per_example=10, **changes):
+    """Fits with a step that needs ``fixed`` bytes and ``per_example`` more for each of a microbatch."""
+    asked = []
+
+    def memory_of(spec):
+        microbatch = spec.batch_size // jax.device_count() // spec.num_microbatches
+        asked.append(microbatch)
+        return fixed + per_example * microbatch
+
+    experiment = describe(resolve(make_config(**changes)))
+    return memory.fit(experiment, available, memory_of), asked
+
+
+# Two devices and a largest batch of 32: shares of 16.
+@pytest.mark.parametrize(
+    'available, largest', [(1000, 16), (260, 16), (259, 8), (180, 8), (179, 4), (130, 2), (110, 1)]
+)
+def test_the_largest_microbatch_that_fits_is_found(available, largest):
+    experiment, asked = fit(available)
+    assert asked[-1] == largest
+    assert len(asked) <= 5
+    for stage, size in zip(experiment.plan.stages, (8, 16, 32), strict=True):
+        assert stage.microbatch_size == min(largest, size // 2)
+        spec = experiment.train_spec(size)
+        assert spec.num_microbatches == stage.num_microbatches == size // 2 // stage.microbatch_size
+
+
+def test_a_step_too_large_to_compile_is_tried_smaller():
+    config = describe(resolve(make_config()))
+    sizes = []
+
+    def memory_of(spec):
+        sizes.append(16 // spec.num_microbatches)
+        return float('inf') if sizes[-1] > 2 else 1
+
+    assert memory.fit(config, 100, memory_of).plan.max_per_device == 2
+    assert sizes == [16, 2]
+
+
+def test_microbatches_stay_multiples_of_the_groups_of_ghost_batchnorm():
+    experiment, _ = fit(170, **{'model.batch_norm': 'ghost:4'})
+    assert [stage.microbatch_size for stage in experiment.plan.stages] == [4, 4, 4]
+
+
+def test_what_fits_nowhere_is_refused():
+    with pytest.raises(ConfigError, match=r'max_per_device: got 0, but the step of batch size 32'):
+        fit(105)
+
+
+def test_a_given_microbatch_is_not_searched_for():
+    experiment, asked = fit(1, **{'batch.max_per_device': 4})
+    assert asked == [] and experiment.plan.max_per_device == 4
+
+
+def test_memory_is_that_of_the_compiled_step_and_falls_with_the_microbatch():
+    experiment = describe(resolve(make_config()))
+    whole = experiment.train_spec(32)
+    split = dataclasses.replace(whole, num_microbatches=8)
+    assert memory.step_bytes(whole) == steps.CACHE.get(whole).memory_bytes
+    assert memory.step_bytes(whole) > memory.step_bytes(split) > 0
+    assert 2**30 < memory.device_bytes() < 2**50
+
+
+class Failing:
+    """A cache of steps that run out of memory above a microbatch, when they run."""
+
+    def __init__(self, monkeypatch, largest, message='RESOURCE_EXHAUSTED: Out of memory'):
+        real, self.failures = steps.CACHE.get, 0
+
+        def get(spec):
+            step = real(spec)
+            share = spec.batch_size // jax.device_count()
+            if not spec.train or share // spec.num_microbatches <= largest:
+                return step
+
+            def run(state, *_):
+                jax.tree.map(lambda x: x.delete(), state)  # as donated buffers may be
+                self.failures += 1
+                raise jax.errors.JaxRuntimeError(message)
+
+            return dataclasses.replace(step, executable=run)
+
+        monkeypatch.setattr(steps.CACHE, 'get', get)
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_with_half_the_microbatch(tmp_path, monkeypatch, capsys):
+    expected = train.train(make_config(**{'batch.max_per_device': 4}), tmp_path / 'expected')
+    cache = Failing(monkeypatch, largest=4)
+    summary = train.train(make_config(), tmp_path / 'run')
+    assert cache.failures == 1
+    assert summary['params_digest'] == expected['params_digest']
+    assert 'out of memory; microbatches of at most 4 examples' in capsys.readouterr().out
+    entered = [r for r in metrics.read_records(tmp_path / 'run') if r['kind'] == 'stage']
+    assert [r['microbatch_size'] for r in entered] == [4, 4, 4]  # a reader takes the last of a step
+
+
+def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, 'fit', lambda experiment: experiment.with_microbatches_up_to(2))
+        with train.open_run(resolve(make_config()), tmp_path) as run:
+            run.enter_stage()
+            run.in_flight = run.dispatch()
+            run.observe()
+            run.decide()
+            run.save()
+    train.train(make_config(), tmp_path)
+    entered = [r for r in metrics.read_records(tmp_path) if r['kind'] == 'stage']
+    assert [r['microbatch_size'] for r in entered] == [2, 2, 2, 2]
+
+
+def test_other_failures_of_a_step_are_not_hidden(tmp_path, monkeypatch):
+    Failing(monkeypatch, largest=4, message='INTERNAL: something else')
+    with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+        train.train(make_config(), tmp_path)
+
+
+def test_running_out_of_memory_with_the_smallest_microbatch_is_loud(tmp_path, monkeypatch):
+    cache = Failing(monkeypatch, largest=0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='RESOURCE_EXHAUSTED'):
+        train.train(make_config(), tmp_path)
+    assert cache.failures == 3  # microbatches of 4, 2 and 1
+
+
+@pytest.mark.parametrize(
+    'changes, over',
+    [
+        ({}, [4, 8, 16]),
+        ({'batch.max_per_device': 4}, [4, 4, 4]),
+        ({'model.batch_norm': 'sync'}, [8, 16, 32]),
+        ({'model.batch_norm': 'sync', 'batch.max_per_device': 4}, [8, 8, 8]),
+        ({'model.batch_norm': 'ghost:2'}, [2, 2, 2]),
+        ({'model.name': 'alexnet_cifar', 'dataset.image_size': 32}, [0, 0, 0]),
+    ],
+)
+def test_a_plan_knows_how_many_examples_are_behind_each_statistic(changes, over):
+    experiment = describe(resolve(make_config(**changes)))
+    assert [experiment.normalised_over(stage) for stage in experiment.plan.stages] == over
