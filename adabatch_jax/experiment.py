@@ -14,6 +14,9 @@ import optax
 from adabatch_jax import input_pipeline, models, optimizers, policies, schedules, steps
 from adabatch_jax.config import user_errors
 
+# Images that one device is given at once; host and devices hold several such parts of a batch.
+PART_BYTES = 2**28
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -31,7 +34,10 @@ class Experiment:
 
     def train_spec(self, batch_size: int) -> steps.StepSpec:
         """The train step of a batch size."""
-        _, num_microbatches = self.plan.split(batch_size)
+        microbatch, num_microbatches = self.plan.split(batch_size)
+        # A batch whose images are too many for memory comes to the devices in parts.
+        fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
+        in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
         return steps.StepSpec(
             self.model,
             self.optimizer,
@@ -39,6 +45,7 @@ class Experiment:
             self.info.image_shape,
             batch_size,
             num_microbatches,
+            num_parts=num_microbatches // in_part,
         )
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
@@ -70,7 +77,7 @@ class Experiment:
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
         return dataclasses.replace(
-            self.train_spec(devices), batch_size=size, num_microbatches=1, train=False
+            self.train_spec(devices), batch_size=size, num_microbatches=1, num_parts=1, train=False
         )
 
 

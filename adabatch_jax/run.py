@@ -66,6 +66,7 @@ class Run:
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.step_fn: Callable | None = None
         self.batches: Iterator[Any] = iter(())
+        self.num_parts = 1  # of a batch, one after the other in ``batches``
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
         self.reason = ''  # why the upcoming update has its batch size
@@ -150,9 +151,9 @@ class Run:
         """Starts the next update on the devices, without waiting for it."""
         update = self.upcoming
         rate = self.learning_rate(update)
-        self.state, sums = self.step_fn(
-            self.state, next(self.batches), np.float32(rate), np.uint32(update.end)
-        )
+        parts = itertools.islice(self.batches, self.num_parts)
+        batch = parts if self.num_parts > 1 else next(parts)
+        self.state, sums = self.step_fn(self.state, batch, np.float32(rate), np.uint32(update.end))
         self.step += 1
         self.previous, self.examples_seen = self.examples_seen, update.end
         return InFlight(self.step, update, rate, sums)
@@ -211,9 +212,10 @@ class Run:
             self.step_fn = steps.CACHE.get(spec)
             batches = distributed.put_ahead(
                 {'image': batch['image'], 'label': batch['label']}
-                for batch in self.pipeline.train_batches(update.start, update.batch_size)
+                for batch in self.pipeline.train_batches(update.start, update.batch_size, spec.num_parts)
             )
             self.batches = itertools.chain([next(batches)], batches)
+            self.num_parts = spec.num_parts
             stall_seconds = time.perf_counter() - waiting_since
         self.batch_size = update.batch_size
         self.stage += new

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import threading
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 import optax
 from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
@@ -21,6 +23,7 @@ from adabatch_jax import train_state
 from adabatch_jax.train_state import TrainState
 
 AXIS_NAME = 'batch'  # of the mapped devices
+Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running statistics, of metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class StepSpec:
       batch_size: examples over all devices and microbatches.
       num_microbatches: sequential parts of one device's share.
       train: a train step, or else an evaluation step.
+      num_parts: in how many parts the images of a train step's batch come to the devices, each of
+        equally many microbatches.
     """
 
     model: nn.Module
@@ -60,6 +65,7 @@ class StepSpec:
     batch_size: int
     num_microbatches: int = 1
     train: bool = True
+    num_parts: int = 1
 
 
 def _sums(logits, labels, mask):
@@ -96,7 +102,31 @@ def train_step(
     Returns:
       The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch.
     """
-    n = spec.num_microbatches
+    totals = accumulate(spec, state, zero_totals(state), batch, jnp.int32(0))
+    return apply_gradients(spec, state, totals, learning_rate, examples_seen)
+
+
+def zero_totals(state: TrainState) -> Totals:
+    """The sums of gradients, running statistics and metrics before the first microbatch."""
+    return (
+        jax.tree.map(jnp.zeros_like, state.params),
+        jax.tree.map(jnp.zeros_like, state.batch_stats),
+        dict.fromkeys(('loss', 'correct', 'count'), jnp.zeros(())),
+    )
+
+
+def accumulate(
+    spec: StepSpec,
+    state: TrainState,
+    totals: Totals,
+    batch: dict[str, jax.Array],
+    first_microbatch: jax.Array,
+) -> Totals:
+    """Adds what a part of this device's share of a batch gives, microbatch by microbatch.
+
+    ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before.
+    """
+    n = spec.num_microbatches // spec.num_parts
     update_key = jax.random.fold_in(state.rng, state.step)
     device_key = jax.random.fold_in(update_key, lax.axis_index(AXIS_NAME))
     microbatches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
@@ -113,20 +143,27 @@ def train_step(
         sums = _sums(logits, labels, (labels >= 0).astype(jnp.float32))
         return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
 
-    def accumulate(total, microbatch):
+    def add(total, microbatch):
         index, images, labels = microbatch
         key = jax.random.fold_in(device_key, index)
         grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params, images, labels, key)
         part = (grads, batch_stats, sums)
         return jax.tree.map(jnp.add, total, part), None
 
-    zeros = (
-        jax.tree.map(jnp.zeros_like, state.params),
-        jax.tree.map(jnp.zeros_like, state.batch_stats),
-        dict.fromkeys(('loss', 'correct', 'count'), jnp.zeros(())),
-    )
-    parts = (jnp.arange(n), microbatches['image'], microbatches['label'])
-    (grads, batch_stats, sums), _ = lax.scan(accumulate, zeros, parts)
+    parts = (first_microbatch + jnp.arange(n), microbatches['image'], microbatches['label'])
+    return lax.scan(add, totals, parts)[0]
+
+
+def apply_gradients(
+    spec: StepSpec,
+    state: TrainState,
+    totals: Totals,
+    learning_rate: jax.Array,
+    examples_seen: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The update from the totals of all of a batch's microbatches; see ``train_step``."""
+    grads, batch_stats, sums = totals
+    n = spec.num_microbatches
     grads, batch_stats = jax.tree.map(lambda x: x / n, (grads, batch_stats))
     grads, batch_stats = lax.pmean((grads, batch_stats), AXIS_NAME)
 
@@ -175,10 +212,14 @@ class CompiledStep:
         return self.executable(*args)
 
 
-def _mapped(spec: StepSpec):
-    """The pmapped step and the shapes of its arguments."""
+def _pmap(fn, in_axes, out_axes=None, donate=()):
+    return jax.pmap(fn, AXIS_NAME, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+
+
+def _shapes(spec: StepSpec) -> tuple:
+    """The shapes of a step's arguments; of the batch those of one part."""
     devices = jax.device_count()
-    per_device = spec.batch_size // devices
+    per_device = spec.batch_size // devices // spec.num_parts
 
     def shape(dtype, *dims):
         return jax.ShapeDtypeStruct((devices, per_device, *dims), dtype)
@@ -186,40 +227,76 @@ def _mapped(spec: StepSpec):
     batch = {'image': shape(jnp.uint8, *spec.image_shape), 'label': shape(jnp.int32)}
     state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
     if not spec.train:
-        fn = jax.pmap(
-            lambda variables, batch: eval_step(spec, variables, batch),
-            axis_name=AXIS_NAME,
-            in_axes=(None, 0),
-            out_axes=None,
-        )
-        return fn, (state.variables, {**batch, 'mask': shape(jnp.float32)})
-    fn = jax.pmap(
-        lambda *args: train_step(spec, *args),
-        axis_name=AXIS_NAME,
-        in_axes=(None, 0, None, None),
-        out_axes=None,
-        donate_argnums=0,
-    )
+        return state.variables, {**batch, 'mask': shape(jnp.float32)}
     scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
-    return fn, (state, batch, *scalars)
+    return state, batch, *scalars
+
+
+class AccumulatingStep:
+    """A train step whose batch comes in parts: the host adds them up, then the update is made.
+
+    It takes an iterable of parts in place of the batch, and asks for a part only when the one before
+    the last is done, so that memory holds a few parts however many there are.
+    """
+
+    def __init__(self, spec: StepSpec):
+        state, batch, *scalars = _shapes(spec)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        totals = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype),
+            jax.eval_shape(zero_totals, state),
+        )
+
+        def add(state, totals, batch, first_microbatch):
+            totals = accumulate(spec, state, totals, batch, first_microbatch)
+            return totals, totals[2]['count'] + 0  # a copy to wait for: the totals are given away
+
+        zero = _pmap(lambda state, _: zero_totals(state), (None, 0), 0)  # pmap wants an axis to map
+        add = _pmap(add, (None, 0, 0, None), 0, donate=1)
+        apply = _pmap(functools.partial(apply_gradients, spec), (None, 0, None, None), donate=0)
+        self._microbatches = spec.num_microbatches // spec.num_parts
+        self._devices = np.arange(jax.device_count(), dtype=np.int32)
+        self._zero = zero.lower(state, self._devices).compile()
+        self._add = add.lower(state, totals, batch, index).compile()
+        self._apply = apply.lower(state, totals, *scalars).compile()
+        self.memory_bytes = max(_memory_bytes(step) for step in (self._add, self._apply))
+
+    def __call__(self, state, parts, learning_rate, examples_seen):
+        totals, before = self._zero(state, self._devices), None
+        for k, part in enumerate(parts):
+            totals, done = self._add(state, totals, part, np.int32(k * self._microbatches))
+            jax.block_until_ready(before)
+            before = done
+        return self._apply(state, totals, learning_rate, examples_seen)
+
+
+def _memory_bytes(executable) -> int:
+    """Memory of one device while an executable runs, 0 where that is not told."""
+    if isinstance(executable, AccumulatingStep):
+        return executable.memory_bytes
+    memory = executable.memory_analysis()
+    if memory is None:
+        return 0
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def compile_step(spec: StepSpec) -> CompiledStep:
     """Lowers and compiles a step ahead of time, without running it."""
     start = time.perf_counter()
     before = _persistent_cache_counts()
-    fn, shapes = _mapped(spec)
-    executable = fn.lower(*shapes).compile()
+    if not spec.train:
+        step = _pmap(functools.partial(eval_step, spec), (None, 0))
+    else:
+        step = _pmap(functools.partial(train_step, spec), (None, 0, None, None), donate=0)
+    in_parts = spec.num_parts > 1
+    executable = AccumulatingStep(spec) if in_parts else step.lower(*_shapes(spec)).compile()
     hits, misses = (b - a for a, b in zip(before, _persistent_cache_counts(), strict=True))
-    memory = executable.memory_analysis()
-    memory_bytes = 0
-    if memory is not None:
-        memory_bytes = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
+    memory_bytes = _memory_bytes(executable)
     seconds = time.perf_counter() - start
     return CompiledStep(executable, seconds, hits > 0 and misses == 0, memory_bytes)
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
-from adabatch_jax import memory, metrics, steps, train
+from adabatch_jax import experiment, memory, metrics, steps, train, train_state
 from adabatch_jax.config import ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
 
@@ -38,8 +39,8 @@ def fit(available, fixed=100, per_example=10, **changes):
         asked.append(microbatch)
         return fixed + per_example * microbatch
 
-    experiment = describe(resolve(make_config(**changes)))
-    return memory.fit(experiment, available, memory_of), asked
+    described = describe(resolve(make_config(**changes)))
+    return memory.fit(described, available, memory_of), asked
 
 
 # Two devices and a largest batch of 32: shares of 16.
@@ -47,12 +48,12 @@ def fit(available, fixed=100, per_example=10, **changes):
     'available, largest', [(1000, 16), (260, 16), (259, 8), (180, 8), (179, 4), (130, 2), (110, 1)]
 )
 def test_the_largest_microbatch_that_fits_is_found(available, largest):
-    experiment, asked = fit(available)
+    described, asked = fit(available)
     assert asked[-1] == largest
     assert len(asked) <= 5
-    for stage, size in zip(experiment.plan.stages, (8, 16, 32), strict=True):
+    for stage, size in zip(described.plan.stages, (8, 16, 32), strict=True):
         assert stage.microbatch_size == min(largest, size // 2)
-        spec = experiment.train_spec(size)
+        spec = described.train_spec(size)
         assert spec.num_microbatches == stage.num_microbatches == size // 2 // stage.microbatch_size
 
 
@@ -69,8 +70,8 @@ def test_a_step_too_large_to_compile_is_tried_smaller():
 
 
 def test_microbatches_stay_multiples_of_the_groups_of_ghost_batchnorm():
-    experiment, _ = fit(170, **{'model.batch_norm': 'ghost:4'})
-    assert [stage.microbatch_size for stage in experiment.plan.stages] == [4, 4, 4]
+    described, _ = fit(170, **{'model.batch_norm': 'ghost:4'})
+    assert [stage.microbatch_size for stage in described.plan.stages] == [4, 4, 4]
 
 
 def test_what_fits_nowhere_is_refused():
@@ -79,13 +80,13 @@ def test_what_fits_nowhere_is_refused():
 
 
 def test_a_given_microbatch_is_not_searched_for():
-    experiment, asked = fit(1, **{'batch.max_per_device': 4})
-    assert asked == [] and experiment.plan.max_per_device == 4
+    described, asked = fit(1, **{'batch.max_per_device': 4})
+    assert asked == [] and described.plan.max_per_device == 4
 
 
 def test_memory_is_that_of_the_compiled_step_and_falls_with_the_microbatch():
-    experiment = describe(resolve(make_config()))
-    whole = experiment.train_spec(32)
+    described = describe(resolve(make_config()))
+    whole = described.train_spec(32)
     split = dataclasses.replace(whole, num_microbatches=8)
     assert memory.step_bytes(whole) == steps.CACHE.get(whole).memory_bytes
     assert memory.step_bytes(whole) > memory.step_bytes(split) > 0
@@ -164,5 +165,22 @@ def test_running_out_of_memory_with_the_smallest_microbatch_is_loud(tmp_path, mo
     ],
 )
 def test_a_plan_knows_how_many_examples_are_behind_each_statistic(changes, over):
-    experiment = describe(resolve(make_config(**changes)))
-    assert [experiment.normalised_over(stage) for stage in experiment.plan.stages] == over
+    described = describe(resolve(make_config(**changes)))
+    assert [described.normalised_over(stage) for stage in described.plan.stages] == over
+
+
+def test_a_run_whose_batches_come_in_parts_trains_as_one_whose_do_not(tmp_path, monkeypatch):
+    config = make_config(**{'batch.max_per_device': 2, 'checkpoint_every_epochs': 1.0})
+    train.train(config, tmp_path / 'whole')
+    monkeypatch.setattr(experiment, 'PART_BYTES', 2 * 2 * 8 * 8 * 3)  # two microbatches of two images
+    described = describe(resolve(config))
+    assert [described.train_spec(size).num_parts for size in (8, 16, 32)] == [1, 2, 4]
+    train.train(config, tmp_path / 'parts')
+    losses = [
+        [r['loss'] for r in metrics.read_records(tmp_path / name) if r['kind'] == 'train']
+        for name in ('whole', 'parts')
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    whole, parts = (train_state.restore(tmp_path / name) for name in ('whole', 'parts'))
+    for a, b in zip(*map(jax.tree.leaves, (whole.variables, parts.variables)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

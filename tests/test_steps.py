@@ -298,3 +298,20 @@ def test_unknown_optimizer_and_model_list_what_exists():
         models.get_model('resnet20', 10, batch_norm='global')
     with pytest.raises(ValueError, match='depth'):
         models.get_model('resnet20', 10, depth=3)
+
+
+def test_a_batch_that_comes_in_parts_gives_the_update_of_the_whole():
+    whole = make_spec(batch_size=32, num_microbatches=4, momentum=0.9)
+    in_parts = dataclasses.replace(whole, num_parts=2)
+    batch = make_batch(32)
+    parts = [
+        {key: distributed.split_parts(value, 2)[k] for key, value in batch.items()} for k in range(2)
+    ]
+    expected, expected_sums = run_step(whole, make_state(whole), batch)
+    step = steps.compile_step(in_parts)
+    after, sums = step(make_state(whole), map(distributed.put, parts), np.float32(0.1), np.uint32(16))
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    for key, value in expected_sums.items():
+        assert float(sums[key]) == pytest.approx(float(value))
+    assert step.memory_bytes > 0
