@@ -76,9 +76,8 @@ class Experiment:
         devices = self.plan.num_devices
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
-        return dataclasses.replace(
-            self.train_spec(devices), batch_size=size, num_microbatches=1, num_parts=1, train=False
-        )
+        like = self.train_spec(self.plan.ladder[0])
+        return dataclasses.replace(like, batch_size=size, num_microbatches=1, num_parts=1, train=False)
 
 
 def describe(config: ml_collections.FrozenConfigDict) -> Experiment:

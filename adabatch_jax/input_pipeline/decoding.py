@@ -16,6 +16,7 @@ from adabatch_jax.input_pipeline.encoded import EncodedSplit
 tf = tensorflow()
 
 Batch = dict[str, np.ndarray]
+Part = tuple[np.ndarray, np.ndarray]  # indices of examples, -1 for padding, and their epochs
 
 _THREADS = 16  # that read files; they wait for the disk most of the time
 _ATTEMPTS = 10  # at a crop that lies inside the image, as is usual for ImageNet
@@ -45,7 +46,7 @@ class EncodedPipeline:
         self._train = open_split(dataset, dataset.train_split)
         self._eval = open_split(dataset, dataset.eval_split)
         self._skip = dataset.skip_undecodable
-        self._undecodable: set[tuple[int, int]] = set()  # (split, example), split by identity
+        self._undecodable: set[tuple[int, int, int]] = set()  # identity of the split, example, epoch
         self._readers = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix='read')
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
@@ -89,29 +90,28 @@ class EncodedPipeline:
     # ------------------------------------------------------------------ examples to batches
 
     def _batches(
-        self, split: EncodedSplit, parts: Callable[[int], Iterator], window: Callable
+        self, split: EncodedSplit, parts: Callable[[int], Iterator[Part]], window: Callable
     ) -> Iterator[Batch]:
         """The batches of ``parts(0)``; where one fails, again from there without what failed."""
         stream = self._stream(split, parts(0), window)
-        for done, (examples, _) in enumerate(parts(0)):
+        for done, part in enumerate(parts(0)):
             while True:
                 try:
                     batch = next(stream)
                     break
                 except tf.errors.OpError as error:
-                    self._leave_out(split, examples, error)
+                    self._leave_out(split, part, window, error)
                     stream = self._stream(split, parts(done), window)
-            too_high = batch['label'] >= self._num_classes
-            if too_high.any():
-                example = batch['example'][too_high.argmax()]
+            labels, used = batch['label'], batch['mask'] > 0
+            wrong = used & ((labels < 0) | (labels >= self._num_classes))
+            if wrong.any():
                 raise DataError(
-                    f'{split.name(example)}: got label {batch["label"].max()}; accepted: below '
-                    f'{self._num_classes}'
+                    f'{split.name(batch["example"][wrong][0])}: got label {labels[wrong][0]}; accepted: '
+                    f'0 to {self._num_classes - 1}'
                 )
-            batch['mask'] = (batch['label'] >= 0).astype(np.float32)
             yield batch
 
-    def _stream(self, split: EncodedSplit, parts: Iterator, window: Callable) -> Iterator[Batch]:
+    def _stream(self, split: EncodedSplit, parts: Iterator[Part], window: Callable) -> Iterator[Batch]:
         first, parts = _peek(parts)
         size = len(first[0])
         decode = tf.autograph.experimental.do_not_convert(
@@ -131,19 +131,17 @@ class EncodedPipeline:
             .as_numpy_iterator()
         )
 
-    def _read(self, split: EncodedSplit, parts: Iterator) -> Iterator[tuple]:
+    def _read(self, split: EncodedSplit, parts: Iterator[Part]) -> Iterator[tuple]:
         """Bytes, label, index and random draws of each example, read ahead by several threads."""
 
-        def read(example):
-            if example < 0 or (id(split), example) in self._undecodable:
+        def read(example, epoch):
+            if example < 0 or (id(split), example, epoch) in self._undecodable:
                 return b'', -1
             return split.read(example), 0 if split.labels is None else split.labels[example]
 
         def reading():
-            for examples, epochs in parts:
-                draws = order.random_bits(self._seed, epochs, examples, _DRAWS).astype(np.int64)
-                for example, words in zip(examples.tolist(), draws, strict=True):
-                    yield self._readers.submit(read, example), example, words
+            for example, epoch, words in itertools.chain.from_iterable(map(self._draws, parts)):
+                yield self._readers.submit(read, example, epoch), example, words
 
         ahead, examples = collections.deque(), reading()
         while True:
@@ -153,22 +151,27 @@ class EncodedPipeline:
             data, example, words = ahead.popleft()
             yield *data.result(), example, words
 
-    def _leave_out(self, split: EncodedSplit, examples: np.ndarray, error: Exception) -> None:
-        """Notes which of a batch's images cannot be decoded, or raises for the first of them."""
+    def _draws(self, part: Part) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Index, epoch and random draws of each example of a part."""
+        examples, epochs = part
+        draws = order.random_bits(self._seed, epochs, examples, _DRAWS).astype(np.int64)
+        return zip(examples.tolist(), epochs.tolist(), draws, strict=True)
+
+    def _leave_out(self, split: EncodedSplit, part: Part, window: Callable, error: Exception) -> None:
+        """Notes which images of a part cannot be decoded, or raises for the first of them.
+
+        An image that is cut off may be whole inside one epoch's crop and not in another's. It is left
+        out of the epochs in which it fails, so that this too depends on the position alone.
+        """
         found = {}
-        for example in examples.tolist():
-            if example >= 0 and (id(split), example) not in self._undecodable:
+        for example, epoch, words in self._draws(part):
+            if example >= 0 and (id(split), example, epoch) not in self._undecodable:
                 try:
-                    self._decode(
-                        split.labels is None,
-                        self._central_window,
-                        tf.constant(split.read(example)),
-                        tf.constant(0),
-                        tf.constant(example),
-                        tf.zeros([_DRAWS], tf.int64),
-                    )
+                    arguments = map(tf.constant, (split.read(example), 0, example, words))
+                    self._decode(split.labels is None, window, *arguments)
                 except (tf.errors.OpError, OSError) as reason:
                     found[example] = _plain(getattr(reason, 'message', str(reason)))
+                    self._undecodable.add((id(split), example, epoch))
         if not found:
             raise error
         for example, reason in found.items():
@@ -178,7 +181,6 @@ class EncodedPipeline:
                     f'{message}; repair or remove it, or set dataset.skip_undecodable=True'
                 ) from error
             print(f'{message}; left out', flush=True)
-            self._undecodable.add((id(split), example))
 
     # --------------------------------------------------------------- one example, in TensorFlow
 
@@ -187,7 +189,7 @@ class EncodedPipeline:
         shape = (self._side, self._side, self._channels)
 
         def nothing():
-            return tf.zeros(shape, tf.uint8), tf.constant(-1)
+            return tf.zeros(shape, tf.uint8), tf.constant(-1), tf.constant(0.0)
 
         def something():
             image, class_ = data, label
@@ -204,10 +206,10 @@ class EncodedPipeline:
             if window == self._random_window and self._min_area is not None:
                 mirrored = words[-1] >= 2**31
                 pixels = tf.cond(mirrored, lambda: pixels[:, ::-1], lambda: pixels)
-            return tf.ensure_shape(pixels, shape), class_
+            return tf.ensure_shape(pixels, shape), class_, tf.constant(1.0)
 
-        image, label = tf.cond(label < 0, nothing, something)
-        return {'image': image, 'label': label, 'example': example}
+        image, label, mask = tf.cond(label < 0, nothing, something)
+        return {'image': image, 'label': label, 'example': example, 'mask': mask}
 
     def _decode_window(self, image, window):
         """Decodes the window ``(top, left, height, width)`` chosen for an image's size."""
