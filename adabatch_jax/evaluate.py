@@ -1,25 +1,41 @@
 """Evaluation: every example once, with running BatchNorm statistics."""
 
+import contextlib
 import pathlib
 from typing import Any
 
 import jax
 
-from adabatch_jax import checkpoint, distributed, input_pipeline, metrics, steps, train_state
+from adabatch_jax import checkpoint, distributed, input_pipeline, memory, metrics, steps, train_state
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import describe
 
+DATA_ERRORS = (input_pipeline.DataError, metrics.NoExamples)  # found while images are read
+
 
 def evaluate(state: train_state.TrainState, spec: steps.StepSpec, pipeline) -> dict[str, Any]:
-    """Mean ``loss`` and ``accuracy`` over the evaluation split, and ``num_examples``."""
-    step = steps.CACHE.get(spec)
+    """Mean ``loss`` and ``accuracy`` over the evaluation split, and ``num_examples``.
+
+    Raises:
+      ConfigError: an evaluation batch does not fit into the device's memory.
+      metrics.NoExamples: all images were left out.
+    """
     total, running = {}, None
-    for batch in distributed.put_ahead(pipeline.eval_batches(spec.batch_size)):
-        sums = step(state.variables, batch)
-        if running is not None:  # one step in flight at most
-            total = metrics.add_sums(total, jax.device_get(running))
-        running = sums
-    total = metrics.add_sums(total, jax.device_get(running))
+    try:
+        step = steps.CACHE.get(spec)
+        for batch in distributed.put_ahead(pipeline.eval_batches(spec.batch_size)):
+            sums = step(state.variables, batch)
+            if running is not None:  # one step in flight at most
+                total = metrics.add_sums(total, jax.device_get(running))
+            running = sums
+        total = metrics.add_sums(total, jax.device_get(running))
+    except jax.errors.JaxRuntimeError as error:
+        if memory.OUT_OF_MEMORY not in str(error):
+            raise
+        raise ConfigError(
+            f'config.dataset.eval_batch_size: got {spec.batch_size}, and the device ran out of memory; '
+            'choose a smaller one and go on with the same work directory'
+        ) from error
     return {**metrics.mean_metrics(total), 'num_examples': round(total['count'])}
 
 
@@ -47,7 +63,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
         state = train_state.restore(workdir, step)
     with user_errors('config.dataset'):
         pipeline = input_pipeline.create(config, run.info, run.clock)
-    with user_errors('config.dataset', (input_pipeline.DataError,)):
+    with contextlib.closing(pipeline), user_errors('config.dataset', DATA_ERRORS):
         result = evaluate(state, run.eval_spec, pipeline)
     epoch = run.clock.epoch(int(state.examples_seen))
     return {

@@ -88,12 +88,6 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
     """
     with user_errors('config.dataset'):
         info = input_pipeline.dataset_info(config.dataset, config.seed)
-        side = min(info.image_shape[:2])
-        if config.dataset.crop_padding > side:
-            raise ValueError(
-                f'crop_padding: got {config.dataset.crop_padding}; accepted: up to the {side} pixels of '
-                "an image's side"
-            )
     with user_errors('config'):
         clock = schedules.Clock(info.num_train, config.num_epochs, config.dataset.remainder)
     with user_errors('config.learning_rate'):

@@ -25,8 +25,9 @@ def device_bytes() -> int:
     if 'bytes_limit' in stats:
         return stats['bytes_limit']
     machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with contextlib.suppress(OSError, ValueError):  # a container may be allowed less
-        machine = min(machine, int(pathlib.Path('/sys/fs/cgroup/memory.max').read_text()))
+    for limit in ('memory.max', 'memory/memory.limit_in_bytes'):  # of a container, cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            machine = min(machine, int(pathlib.Path('/sys/fs/cgroup', limit).read_text()))
     return machine // jax.local_device_count()
 
 
@@ -62,7 +63,7 @@ def fit(
     if experiment.plan.max_per_device:
         return experiment
     available = device_bytes() * USABLE if available is None else available
-    largest = experiment.plan.ladder[-1]
+    largest, as_given = experiment.plan.ladder[-1], experiment
     while (needed := memory_of(experiment.train_spec(largest))) > available:
         microbatch, _ = experiment.plan.split(largest)
         smallest = experiment.plan.microbatch_multiple
@@ -75,7 +76,10 @@ def fit(
         ratio = available / needed if math.isfinite(needed) else 1 / 8
         guess = min(int(microbatch * ratio), microbatch - 1)
         experiment = experiment.with_microbatches_up_to(max(guess, smallest))
-    return experiment
+    if experiment is as_given:
+        return experiment
+    # No other batch may have a larger microbatch than the one whose step was measured.
+    return experiment.with_microbatches_up_to(experiment.plan.split(largest)[0])
 
 
 def smaller_microbatch(error: Exception, experiment: Experiment, batch_size: int) -> int:

@@ -10,9 +10,19 @@ from typing import Any
 METRICS_FILE = 'metrics.jsonl'
 
 
+class NoExamples(ValueError):
+    """All the images of an update or of an evaluation were left out."""
+
+
 def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """``loss`` and ``accuracy`` from the sums ``loss``, ``correct`` and ``count`` over examples."""
+    """``loss`` and ``accuracy`` from the sums ``loss``, ``correct`` and ``count`` over examples.
+
+    Raises:
+      NoExamples: there are none.
+    """
     count = sums['count']
+    if not count:
+        raise NoExamples('none of the images can be decoded')
     return {'loss': sums['loss'] / count, 'accuracy': sums['correct'] / count}
 
 

@@ -115,7 +115,7 @@ class Run:
             },
             'stage': self.stage,
             'batch_size': self.batch_size,
-            'max_per_device': self.experiment.plan.max_per_device,
+            'max_per_device': self.experiment.plan.largest_microbatch,
             'window': self.window,
             'observed': self.observed,
             'evaluation': self.evaluation,

@@ -22,6 +22,7 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.config import resolve, user_errors
+from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.run import Diverged, Run
 
@@ -54,19 +55,29 @@ def train(
       Preempted: ``stop`` was set.
     """
     config = resolve(config)
-    max_per_device = None  # as config and checkpoint say
-    while True:
-        with open_run(config, pathlib.Path(directory), max_per_device) as run:
-            try:
-                return loop(run, stop)
-            except jax.errors.JaxRuntimeError as error:
-                size = run.upcoming.batch_size if run.upcoming else run.batch_size
-                max_per_device = memory.smaller_microbatch(error, run.experiment, size)
-                # Begins again at the last checkpoint: what became of donated buffers is not known.
-                run.display.say(
-                    f'update {run.step + 1}: out of memory; microbatches of at most {max_per_device} '
-                    'examples from the last checkpoint on'
-                )
+    summary, max_per_device = None, None  # as config and checkpoint say
+    while summary is None:
+        summary, max_per_device = _attempt(config, pathlib.Path(directory), max_per_device, stop)
+    return summary
+
+
+def _attempt(config, directory, max_per_device, stop) -> tuple[dict[str, Any] | None, int | None]:
+    """The summary, or after running out of memory the microbatch to try again with.
+
+    The next attempt begins at the last checkpoint, since what became of donated buffers is not known.
+    That this is a function frees the memory of the one before.
+    """
+    with open_run(config, directory, max_per_device) as run:
+        try:
+            return loop(run, stop), None
+        except jax.errors.JaxRuntimeError as error:
+            size = run.upcoming.batch_size if run.upcoming else run.batch_size
+            smaller = memory.smaller_microbatch(error, run.experiment, size)
+            run.display.say(
+                f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples '
+                'from the last checkpoint on'
+            )
+            return None, smaller
 
 
 def loop(run: Run, stop: threading.Event | None = None) -> dict[str, Any]:
@@ -131,25 +142,24 @@ def open_run(
     )
     if checkpoint.steps(folder):
         state, host = checkpoint.restore(folder, target=state)
-    if max_per_device is None and host is not None:
-        max_per_device = host.get('max_per_device')  # older checkpoints do not say
-    if max_per_device is None:
-        experiment = memory.fit(experiment)
-    else:
-        experiment = experiment.with_microbatches_up_to(max_per_device)
-    state = jax.device_put(state, distributed.replicated())
     upcoming = host['upcoming'] if host else {'batch_size': experiment.plan.stages[0].batch_size}
-    if config.compile.precompile and upcoming:  # the first step compiles while the data is read
-        steps.CACHE.precompile(experiment.train_spec(upcoming['batch_size']))
-    with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
-    workdir.create(config, experiment.plan, directory)
+    max_per_device = max_per_device or (host or {}).get('max_per_device')  # older ones do not say
+    if max_per_device:
+        experiment = experiment.with_microbatches_up_to(max_per_device)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
+        with user_errors('config.dataset'):
+            pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
+        stack.enter_context(contextlib.closing(pipeline))
+        experiment = memory.fit(experiment)
+        if config.compile.precompile and upcoming:
+            steps.CACHE.precompile(experiment.train_spec(upcoming['batch_size']))
+        state = jax.device_put(state, distributed.replicated())
+        workdir.create(config, experiment.plan, directory)
         with user_errors('workdir'):
             writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(directory)))
             saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(folder)))
         run = Run(experiment, pipeline, writer, saver, state, host)
         stack.enter_context(run.display)
-        with user_errors('config.dataset', (input_pipeline.DataError,)):
+        with user_errors('config.dataset', DATA_ERRORS):
             yield run

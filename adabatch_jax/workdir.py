@@ -60,22 +60,38 @@ def check(
 
 
 def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path) -> None:
-    """Makes the directory and writes what describes the run, where that is not there yet.
+    """Makes the directory and writes what describes the run.
+
+    The config stays as the run began with it; the plan is written anew, since a continued run may split
+    its batches into other microbatches.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: it cannot be written, or the run there had another number of training examples.
     """
+    before = _num_examples(workdir / PLAN_FILE)
+    if before not in (None, plan.clock.num_examples):
+        raise ConfigError(
+            f'workdir: {str(workdir)!r} holds a run on {before} training examples, and the data set has '
+            f'{plan.clock.num_examples} now; bring it back as it was, or choose another --workdir'
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_once(workdir / CONFIG_FILE, to_json(config))
-        _write_once(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
+        if not (workdir / CONFIG_FILE).exists():
+            _write(workdir / CONFIG_FILE, to_json(config))
+        _write(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
 
 
-def _write_once(path: pathlib.Path, text: str) -> None:
+def _num_examples(plan_file: pathlib.Path) -> int | None:
+    try:
+        return json.loads(plan_file.read_text(encoding='utf-8'))['num_examples']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # not there, or not readable: it is written anew
+
+
+def _write(path: pathlib.Path, text: str) -> None:
     """Whole or not at all, also where the process is killed."""
-    if not path.exists():
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        temporary.write_text(text, encoding='utf-8')
-        temporary.replace(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.write_text(text, encoding='utf-8')
+    temporary.replace(path)

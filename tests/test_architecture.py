@@ -27,8 +27,8 @@ ALLOWED = {
     },
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
-        'checkpoint', 'config', 'distributed', 'experiment', 'input_pipeline', 'metrics', 'steps',
-        'train_state',
+        'checkpoint', 'config', 'distributed', 'experiment', 'input_pipeline', 'memory', 'metrics',
+        'steps', 'train_state',
     },
     'main': {'config', 'evaluate', 'metrics', 'terminal', 'train', 'workdir', 'distributed'},
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """Order, augmentation and batches, against NumPy and against what every example must see once."""
 
 import collections
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -280,3 +282,13 @@ def test_unknown_data_set_lists_what_exists():
     config.dataset.name = 'cifar'
     with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz"):
         input_pipeline.dataset_info(config.dataset)
+
+
+def test_a_closed_pipeline_keeps_no_images():
+    """tf.data keeps the generators of a process's pipelines; a notebook trains again and again."""
+    pipeline, _ = make_pipeline()
+    next(iter(pipeline.train_batches(0, 4)))
+    images = weakref.ref(pipeline._images)
+    pipeline.close()
+    gc.collect()
+    assert images() is None

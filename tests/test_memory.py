@@ -1,6 +1,9 @@
 """The search for the largest microbatch, and going on after running out of memory."""
 
 import dataclasses
+import gc
+import json
+import weakref
 
 import jax
 import numpy as np
@@ -69,6 +72,29 @@ def test_a_step_too_large_to_compile_is_tried_smaller():
     assert sizes == [16, 2]
 
 
+def test_no_other_batch_has_a_larger_microbatch_than_the_one_that_was_measured():
+    config = make_config(**{'batch.policy': 'stages', 'dataset.num_examples': 1280})
+    config.batch.stages = ((0, 376), (1, 640))
+    needs = {}
+
+    def memory_of(spec):
+        microbatch = spec.batch_size // jax.device_count() // spec.num_microbatches
+        needs[microbatch] = 100 + 10 * microbatch
+        return needs[microbatch]
+
+    plan = memory.fit(describe(resolve(config)), 1000, memory_of).plan
+    largest = plan.split(640)[0]
+    assert needs[largest] <= 1000
+    assert all(stage.microbatch_size <= largest for stage in plan.stages)
+
+
+@pytest.mark.parametrize('max_per_device', [0, 3, 5, 8, 16])
+def test_the_largest_microbatch_as_the_limit_splits_every_batch_the_same(max_per_device):
+    plan = describe(resolve(make_config(**{'batch.max_per_device': max_per_device}))).plan
+    again = dataclasses.replace(plan, max_per_device=plan.largest_microbatch)
+    assert [again.split(size) for size in plan.ladder] == [plan.split(size) for size in plan.ladder]
+
+
 def test_microbatches_stay_multiples_of_the_groups_of_ghost_batchnorm():
     described, _ = fit(170, **{'model.batch_norm': 'ghost:4'})
     assert [stage.microbatch_size for stage in described.plan.stages] == [4, 4, 4]
@@ -124,6 +150,46 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_half_the_microbatch(tmp_path
     assert 'out of memory; microbatches of at most 4 examples' in capsys.readouterr().out
     entered = [r for r in metrics.read_records(tmp_path / 'run') if r['kind'] == 'stage']
     assert [r['microbatch_size'] for r in entered] == [4, 4, 4]  # a reader takes the last of a step
+    plan = json.loads((tmp_path / 'run' / 'plan.json').read_text())
+    assert [stage['microbatch_size'] for stage in plan['stages']] == [4, 4, 4]
+
+
+def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_path, monkeypatch):
+    Failing(monkeypatch, largest=4)
+    runs, alive = [], []
+    create = train_state.create
+
+    def noting(*args):
+        gc.collect()
+        alive.append([run() for run in runs if run() is not None])
+        return create(*args)
+
+    class Noted(train.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(train, 'Run', Noted)
+    monkeypatch.setattr(train_state, 'create', noting)
+    train.train(make_config(), tmp_path)
+    assert alive == [[], []]
+
+
+def test_an_evaluation_that_runs_out_of_memory_names_its_batch_size(tmp_path, monkeypatch):
+    real = steps.CACHE.get
+
+    def get(spec):
+        def run(*_):
+            raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+        return real(spec) if spec.train else run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.CACHE, 'get', get)
+        with pytest.raises(ConfigError, match='dataset.eval_batch_size: got 32, and the device ran out'):
+            train.train(make_config(), tmp_path)
+    summary = train.train(make_config(**{'dataset.eval_batch_size': 8}), tmp_path)
+    assert summary['updates'] == 8 + 4 + 2
 
 
 def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypatch):
@@ -135,7 +201,8 @@ def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypat
             run.observe()
             run.decide()
             run.save()
-    train.train(make_config(), tmp_path)
+        patch.setattr(memory, 'fit', lambda experiment: experiment)  # does not search again
+        train.train(make_config(), tmp_path)
     entered = [r for r in metrics.read_records(tmp_path) if r['kind'] == 'stage']
     assert [r['microbatch_size'] for r in entered] == [2, 2, 2, 2]
 

@@ -143,7 +143,8 @@ def _npz_source(dataset, seed: int) -> Source:
 
 def tensorflow():
     """TensorFlow, quiet and off the accelerator, which is JAX's; imported only where it is used."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    if os.environ.get('TF_CPP_MIN_LOG_LEVEL') in (None, '1'):  # importing JAX sets 1
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'  # what matters is raised as well
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # unused here, and announced at length
     import tensorflow
 
@@ -258,6 +259,16 @@ def dataset_info(dataset, seed: int = 0) -> DatasetInfo:
       ValueError, FileNotFoundError: an unknown data set or split, or one without its files.
     """
     source = _source(dataset, seed)
+    side = min(source.image_shape[:2])
+    if source.open and 0 < dataset.eval_resize < side:
+        raise ValueError(
+            f'eval_resize: got {dataset.eval_resize}; accepted: at least image_size ({side}), or 0'
+        )
+    if dataset.augment.startswith('pad_crop') and dataset.crop_padding > side:
+        raise ValueError(
+            f"crop_padding: got {dataset.crop_padding}; accepted: up to the {side} pixels of an image's "
+            'side'
+        )
     return DatasetInfo(
         source.image_shape,
         source.num_classes,

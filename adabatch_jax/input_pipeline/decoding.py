@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ tf = tensorflow()
 
 Batch = dict[str, np.ndarray]
 Part = tuple[np.ndarray, np.ndarray]  # indices of examples, -1 for padding, and their epochs
+# What is damaged inside a record can make a message that is not text.
+_UNDECODABLE = (tf.errors.OpError, UnicodeDecodeError, OSError)
 
 _THREADS = 16  # that read files; they wait for the disk most of the time
 _ATTEMPTS = 10  # at a crop that lies inside the image, as is usual for ImageNet
@@ -39,15 +42,17 @@ class EncodedPipeline:
         self._side, _, self._channels = info.image_shape
         self._num_classes = info.num_classes
         self._min_area = dataset.min_crop_area if dataset.augment == 'random_resized_crop' else None
-        resized = dataset.eval_resize or round(self._side * 256 / 224)
-        if resized < self._side:
-            raise ValueError(f'eval_resize: got {resized}; accepted: at least image_size ({self._side})')
-        self._eval_part = self._side / resized  # of the shorter side of an image
+        # Of the shorter side of an image.
+        self._eval_part = self._side / dataset.eval_resize if dataset.eval_resize else 224 / 256
         self._train = open_split(dataset, dataset.train_split)
         self._eval = open_split(dataset, dataset.eval_split)
         self._skip = dataset.skip_undecodable
-        self._undecodable: set[tuple[int, int, int]] = set()  # identity of the split, example, epoch
+        self._suspects: set[tuple[int, int]] = set()  # identity of the split, example that failed once
         self._readers = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix='read')
+
+    def close(self) -> None:
+        """Ends the threads that read ahead; without it they live as long as the process."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
         """This process's share of every batch from position ``start`` on, without end.
@@ -99,8 +104,8 @@ class EncodedPipeline:
                 try:
                     batch = next(stream)
                     break
-                except tf.errors.OpError as error:
-                    self._leave_out(split, part, window, error)
+                except _UNDECODABLE as error:
+                    self._suspect(split, part, window, error)
                     stream = self._stream(split, parts(done), window)
             labels, used = batch['label'], batch['mask'] > 0
             wrong = used & ((labels < 0) | (labels >= self._num_classes))
@@ -124,24 +129,27 @@ class EncodedPipeline:
             tf.TensorSpec([_DRAWS], tf.int64),
         )
         return (
-            tf.data.Dataset.from_generator(lambda: self._read(split, parts), output_signature=signature)
+            tf.data.Dataset.from_generator(
+                lambda: self._read(split, parts, window), output_signature=signature
+            )
             .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             .batch(size)
             .prefetch(2)
             .as_numpy_iterator()
         )
 
-    def _read(self, split: EncodedSplit, parts: Iterator[Part]) -> Iterator[tuple]:
+    def _read(self, split: EncodedSplit, parts: Iterator[Part], window: Callable) -> Iterator[tuple]:
         """Bytes, label, index and random draws of each example, read ahead by several threads."""
 
-        def read(example, epoch):
-            if example < 0 or (id(split), example, epoch) in self._undecodable:
+        def read(example, words):
+            suspect = (id(split), example) in self._suspects
+            if example < 0 or (suspect and self._failure(split, window, example, words)):
                 return b'', -1
             return split.read(example), 0 if split.labels is None else split.labels[example]
 
         def reading():
-            for example, epoch, words in itertools.chain.from_iterable(map(self._draws, parts)):
-                yield self._readers.submit(read, example, epoch), example, words
+            for example, words in itertools.chain.from_iterable(map(self._draws, parts)):
+                yield self._readers.submit(read, example, words), example, words
 
         ahead, examples = collections.deque(), reading()
         while True:
@@ -151,27 +159,37 @@ class EncodedPipeline:
             data, example, words = ahead.popleft()
             yield *data.result(), example, words
 
-    def _draws(self, part: Part) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Index, epoch and random draws of each example of a part."""
+    def _draws(self, part: Part) -> Iterator[tuple[int, np.ndarray]]:
+        """Index and random draws of each example of a part."""
         examples, epochs = part
         draws = order.random_bits(self._seed, epochs, examples, _DRAWS).astype(np.int64)
-        return zip(examples.tolist(), epochs.tolist(), draws, strict=True)
+        return zip(examples.tolist(), draws, strict=True)
 
-    def _leave_out(self, split: EncodedSplit, part: Part, window: Callable, error: Exception) -> None:
-        """Notes which images of a part cannot be decoded, or raises for the first of them.
+    def _failure(self, split: EncodedSplit, window: Callable, example: int, words: np.ndarray) -> str:
+        """Why an image cannot be decoded; nothing where it can."""
+        try:
+            arguments = map(tf.constant, (split.read(example), 0, example, words))
+            self._decode(split.labels is None, window, *arguments)
+        except UnicodeDecodeError:
+            return 'not a tf.train.Example'
+        except _UNDECODABLE as error:
+            return _plain(getattr(error, 'message', str(error)))
+        return ''
 
-        An image that is cut off may be whole inside one epoch's crop and not in another's. It is left
-        out of the epochs in which it fails, so that this too depends on the position alone.
+    def _suspect(self, split: EncodedSplit, part: Part, window: Callable, error: Exception) -> None:
+        """Notes which images of a part that failed cannot be decoded, or raises for the first of them.
+
+        An image that is cut off may be whole inside one epoch's crop and not in another's. From here on
+        each of these is tried by itself before it joins a batch, so that it is left out of the epochs
+        in which it fails and of no others: this too depends on the position alone.
         """
-        found = {}
-        for example, epoch, words in self._draws(part):
-            if example >= 0 and (id(split), example, epoch) not in self._undecodable:
-                try:
-                    arguments = map(tf.constant, (split.read(example), 0, example, words))
-                    self._decode(split.labels is None, window, *arguments)
-                except (tf.errors.OpError, OSError) as reason:
-                    found[example] = _plain(getattr(reason, 'message', str(reason)))
-                    self._undecodable.add((id(split), example, epoch))
+        examples, words = zip(*(draw for draw in self._draws(part) if draw[0] >= 0), strict=True)
+        reasons = self._readers.map(functools.partial(self._failure, split, window), examples, words)
+        found = {
+            example: reason
+            for example, reason in zip(examples, reasons, strict=True)
+            if reason and (id(split), example) not in self._suspects
+        }
         if not found:
             raise error
         for example, reason in found.items():
@@ -181,6 +199,7 @@ class EncodedPipeline:
                     f'{message}; repair or remove it, or set dataset.skip_undecodable=True'
                 ) from error
             print(f'{message}; left out', flush=True)
+            self._suspects.add((id(split), example))
 
     # --------------------------------------------------------------- one example, in TensorFlow
 

@@ -5,11 +5,13 @@ resumes at any position at once: no shuffle buffer, nothing to read up to there.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 
@@ -115,6 +117,7 @@ class RecordsInfo:
     """What TFDS's metadata says of a data set, read without TensorFlow."""
 
     folder: pathlib.Path
+    name: str  # that its files begin with
     shards: dict[str, tuple[int, ...]]  # examples of each file of a split
     num_classes: int
     channels: int
@@ -122,18 +125,30 @@ class RecordsInfo:
 
 def tfds_folder(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of the newest version of a TFDS data set, None where there is none."""
-    infos = (data_dir / name).glob('*/dataset_info.json')
+    folders = [info.parent for info in (data_dir / name).glob('*/dataset_info.json')]
+    complete = [f for f in folders if re.fullmatch(r'\d+(\.\d+)*', f.name)]  # not 1.0.0.incompleteAB
+    return max(complete, key=lambda f: [int(part) for part in f.name.split('.')], default=None)
 
-    def version(path):
-        return [int(part) if part.isdigit() else -1 for part in path.parent.name.split('.')]
 
-    return max((path.parent for path in infos), key=lambda p: version(p / '_'), default=None)
+@contextlib.contextmanager
+def _metadata_errors(folder: pathlib.Path, what: str):
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{str(folder)!r} is not a TFDS folder{what}: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _dataset_info(folder: pathlib.Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    info = json.loads((folder / 'dataset_info.json').read_text(encoding='utf-8'))
+    return info, {s['name']: tuple(map(int, s.get('shardLengths', ()))) for s in info['splits']}
 
 
 def tfds_shards(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """The number of examples in each file of each split."""
-    splits = json.loads((folder / 'dataset_info.json').read_text())['splits']
-    return {split['name']: tuple(map(int, split['shardLengths'])) for split in splits}
+    """The number of examples in each file of each split; raises ``ValueError`` naming the folder."""
+    with _metadata_errors(folder, ''):
+        return _dataset_info(folder)[1]
 
 
 def records_info(folder: pathlib.Path) -> RecordsInfo:
@@ -142,20 +157,16 @@ def records_info(folder: pathlib.Path) -> RecordsInfo:
     Raises:
       ValueError: it holds no images with class labels in TFRecord files.
     """
-    try:
-        file_format = json.loads((folder / 'dataset_info.json').read_text()).get('fileFormat')
-        features = json.loads((folder / 'features.json').read_text())['featuresDict']['features']
+    with _metadata_errors(folder, ' of images with the features image and label'):
+        info, shards = _dataset_info(folder)
+        file_format, name = info.get('fileFormat'), info.get('name', folder.parent.name)
+        text = (folder / 'features.json').read_text(encoding='utf-8')
+        features = json.loads(text)['featuresDict']['features']
         channels = int(features['image']['image']['shape']['dimensions'][2])
         num_classes = int(features['label']['classLabel']['numClasses'])
-        shards = tfds_shards(folder)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f'{str(folder)!r} is not a TFDS folder of images with the features image and label: '
-            f'{type(error).__name__}: {error}'
-        ) from error
     if file_format not in (None, 'tfrecord'):
         raise ValueError(f'{str(folder)!r}: got file format {file_format!r}; accepted: tfrecord')
-    return RecordsInfo(folder, shards, num_classes, channels)
+    return RecordsInfo(folder, name, shards, num_classes, channels)
 
 
 def records_split(info: RecordsInfo, split: str) -> EncodedSplit:
@@ -164,9 +175,8 @@ def records_split(info: RecordsInfo, split: str) -> EncodedSplit:
     Raises:
       ValueError, FileNotFoundError: a file is missing, or does not hold the records it should.
     """
-    name = info.folder.parent.name
     count = len(info.shards[split])
-    paths = [info.folder / f'{name}-{split}.tfrecord-{k:05d}-of-{count:05d}' for k in range(count)]
+    paths = [info.folder / f'{info.name}-{split}.tfrecord-{k:05d}-of-{count:05d}' for k in range(count)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(_index_records, paths))
     for path, (offsets, _), expected in zip(paths, tables, info.shards[split], strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 
-_SPLIT = re.compile(r'(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
+_SPLIT = re.compile(r'([\w-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
 
 
 @dataclasses.dataclass(frozen=True)

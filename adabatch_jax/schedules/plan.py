@@ -68,6 +68,11 @@ class Plan:
         """``(microbatch_size, num_microbatches)`` of a batch size, as ``split_batch`` says."""
         return split_batch(batch_size, self.num_devices, self.max_per_device, self.microbatch_multiple)
 
+    @property
+    def largest_microbatch(self) -> int:
+        """Of all batch sizes that the run may use; as ``max_per_device`` it gives the same splits."""
+        return max(self.split(batch_size)[0] for batch_size in self.ladder)
+
     def updates(self) -> Iterator[Update]:
         """Every update in order."""
         for stage in self.stages:
