@@ -27,8 +27,8 @@ class TfDataPipeline:
         self._eval = load_split(dataset, dataset.eval_split, config.seed)
 
     def close(self) -> None:
-        """Forgets the data; tf.data keeps its generators, and through them the pipeline."""
-        self._images = self._labels = self._eval = None
+        """Forgets the images; tf.data keeps its generators, and through them the pipeline."""
+        self._images = self._eval = None
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
         """This process's share of every batch from position ``start`` on, without end.
