@@ -99,6 +99,14 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.beta2 = 0.999  # Adam, LAMB
     optimizer.epsilon = 1e-8  # added to denominators
 
+    # A loss, gradient or parameter that is not finite: stop; skip the update; or fall_back to the last
+    # checkpoint and go on from there with a lower rate.
+    config.divergence = divergence = ml_collections.ConfigDict()
+    divergence.action = 'stop'  # stop, skip or fall_back
+    divergence.max_skipped = 10  # skip: updates one after the other; with the next the run stops
+    divergence.rate_factor = 0.5  # fall_back: ratio of the effective rate, each time
+    divergence.max_fall_backs = 3  # fall_back: times in a run; with the next the run stops
+
     config.compile = compile_ = ml_collections.ConfigDict()
     compile_.precompile = True  # compile later stages in the background
     compile_.cache_dir = 'auto'  # persistent cache; auto: ~/.cache/adabatch_jax, '': off
@@ -116,6 +124,9 @@ RUNTIME_KEYS = (
     'dataset.eval_batch_size',
     'checkpoint_every_epochs',
 )
+
+# Sections and keys that a run may be continued with other values of, where that is asked for.
+SCHEDULE = ('num_epochs', 'batch.', 'learning_rate.', 'divergence.')
 
 _POSITIVE = (
     'num_epochs',
@@ -141,6 +152,8 @@ _NOT_NEGATIVE = (
     'batch.max_size',
     'batch.max_per_device',
     'batch.min_improvement',
+    'divergence.max_skipped',
+    'divergence.max_fall_backs',
     'learning_rate.decay_epochs',
     'learning_rate.warmup_epochs',
     'learning_rate.warmup_initial',
@@ -154,6 +167,7 @@ _CHOICES = {
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
+    'divergence.action': ('stop', 'skip', 'fall_back'),
 }
 
 
@@ -201,6 +215,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
     check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
     check(('dataset.min_crop_area',), 'a number above 0, up to 1', lambda value: 0 < value <= 1)
+    check(('divergence.rate_factor',), 'a number above 0, below 1', lambda value: 0 < value < 1)
     fractions = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2')
     check(fractions, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
@@ -212,6 +227,21 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
         if resolved.learning_rate.decay_epochs == 0:
             resolved.learning_rate.decay_epochs = resolved.batch.growth_epochs
     return ml_collections.FrozenConfigDict(resolved)
+
+
+def schedule_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The ``SCHEDULE`` of a config by key, in JSON types."""
+    flat = {key: value for key, value in flatten(config).items() if key.startswith(SCHEDULE)}
+    return json.loads(json.dumps(flat))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two schedules, as ``key (before, now)``."""
+    return [
+        f'{key} ({before.get(key)!r} before, {now.get(key)!r} now)'
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -240,11 +270,11 @@ def differences(
 ) -> list[str]:
     """The keys whose values differ, as ``key (ours, theirs)``.
 
-    ``RUNTIME_KEYS`` and those in ``may_differ`` are left out; so is the folder of a data set that its
-    name identifies.
+    ``RUNTIME_KEYS`` and those that begin with one of ``may_differ`` are left out; so is the folder of a
+    data set that its name identifies.
     """
     a, b = flatten(ours), flatten(theirs)
-    ignored = {*RUNTIME_KEYS, *may_differ}
+    ignored = {*RUNTIME_KEYS, *(key for key in a.keys() | b.keys() if key.startswith(may_differ))}
     if ours.dataset.name not in ('npz', 'image_folder'):
         ignored.add('dataset.data_dir')
     return [

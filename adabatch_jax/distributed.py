@@ -2,11 +2,14 @@
 
 import collections
 import itertools
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS_NAME = 'batch'
@@ -20,6 +23,28 @@ def mesh() -> Mesh:
 def replicated() -> NamedSharding:
     """One copy on every device, without a leading device axis."""
     return NamedSharding(mesh(), PartitionSpec())
+
+
+def replicate(tree: Any) -> Any:
+    """A copy of a pytree on every device, in buffers that a step may take over.
+
+    What comes straight from the host can share its memory, and is not donated; what comes out of a
+    compiled function is.
+    """
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    return copy(jax.device_put(tree, replicated()))
+
+
+def asked_to_stop(step: int, stop: threading.Event | None) -> bool:
+    """Whether to save after update ``step`` and end; the same answer in every process.
+
+    With one process: whether ``stop`` is set. With several, JAX's preemption service watches for SIGTERM
+    in each of them, and they agree on an update that none has passed yet; every process has to ask
+    after every update.
+    """
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return stop is not None and stop.is_set()
 
 
 def sharded() -> NamedSharding:

@@ -6,7 +6,16 @@ from typing import Any
 
 import jax
 
-from adabatch_jax import checkpoint, distributed, input_pipeline, memory, metrics, steps, train_state
+from adabatch_jax import (
+    checkpoint,
+    compilation_cache,
+    distributed,
+    input_pipeline,
+    memory,
+    metrics,
+    steps,
+    train_state,
+)
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import describe
 
@@ -53,14 +62,14 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
     Raises:
       ConfigError: no run there, or no data.
     """
-    steps.enable_persistent_cache(config.compile.cache_dir)
+    compilation_cache.enable(config.compile.cache_dir)
     run = describe(config)
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
     with user_errors('workdir'):
         step = checkpoint.best_step(folder) if which == 'best' else None
         if which == 'best' and step is None:
             raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
-        state = train_state.restore(workdir, step)
+        state = distributed.replicate(train_state.restore(workdir, step))
     with user_errors('config.dataset'):
         pipeline = input_pipeline.create(config, run.info, run.clock)
     with contextlib.closing(pipeline), user_errors('config.dataset', DATA_ERRORS):

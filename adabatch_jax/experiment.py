@@ -46,6 +46,7 @@ class Experiment:
             batch_size,
             num_microbatches,
             num_parts=num_microbatches // in_part,
+            skip_non_finite=self.config.divergence.action == 'skip',
         )
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
@@ -77,7 +78,9 @@ class Experiment:
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
         like = self.train_spec(self.plan.ladder[0])
-        return dataclasses.replace(like, batch_size=size, num_microbatches=1, num_parts=1, train=False)
+        return dataclasses.replace(
+            like, batch_size=size, num_microbatches=1, num_parts=1, train=False, skip_non_finite=False
+        )
 
 
 def describe(config: ml_collections.FrozenConfigDict) -> Experiment:

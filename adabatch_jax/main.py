@@ -32,6 +32,13 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         'plan: print every stage and exit.',
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        'allow_schedule_change',
+        False,
+        'Continue a run from where it is with other values of num_epochs, batch.*, learning_rate.* and '
+        'divergence.*.',
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         'checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate.', flag_values=values
     )
@@ -102,13 +109,15 @@ def run(values: flags.FlagValues) -> int:
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-        train.train(config, directory, stop)
+        train.train(config, directory, stop, values.allow_schedule_change)
     except train.Preempted as reason:
         print(f'{reason}; the same command continues', file=sys.stderr)
         return 143
     except train.Diverged as reason:
         print(f'error: {reason}', file=sys.stderr)
         return 3
+    except train.SaveFailed as reason:
+        raise ConfigError(f'workdir: {reason}; make room, and the same command continues') from reason
     finally:
         signal.signal(signal.SIGTERM, before)
     terminal.print_stages(read_records(directory))

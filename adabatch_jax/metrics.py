@@ -1,10 +1,15 @@
 """Sums and counts of a run, and the records that it writes."""
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 METRICS_FILE = 'metrics.jsonl'
@@ -28,26 +33,44 @@ def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 def add_sums(total: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
     """Sums over two sets of examples, in double precision."""
-    return {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}
+    return total | {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results may depend on."""
+    packages = ('adabatch_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    found = {'python': platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 class MetricsWriter:
-    """Appends records to ``metrics.jsonl`` and their numbers to TensorBoard event files."""
+    """Appends records to ``metrics.jsonl`` and their numbers to TensorBoard event files.
 
-    def __init__(self, workdir: str | os.PathLike):
-        from tensorboardX import SummaryWriter
+    Where the disk refuses a record, for example because it is full, that is reported once, the record is
+    kept in memory and written with the next one, so that no line is lost or broken.
 
+    Args:
+      workdir: the work directory, which exists. Nobody else may write to it.
+      report: takes a line about a failure.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, report: Callable[[str], Any] = warnings.warn):
         self.workdir = workdir
+        self._report = report
         path = pathlib.Path(workdir, METRICS_FILE)
         _drop_broken_tail(path)
-        self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
-        self._tensorboard = SummaryWriter(str(workdir))
+        self._file = open(path, 'ab', buffering=0)  # noqa: SIM115  closed by close()
+        self._unwritten = b''
+        self._tensorboard = _EventFile(workdir)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Writes one record; it is on disk, whole, before the next one begins.
+        """Writes one record; it is in the file, whole, before the next one begins.
 
         Args:
-          kind: ``train``, ``eval``, ``stage`` or ``summary``.
+          kind: ``session``, ``train``, ``eval``, ``stage`` or ``summary``.
           **fields: ``step``, ``epoch``, ``examples_seen``, ``time`` and those of the kind. A number
             that is not finite is written as null.
         """
@@ -55,16 +78,78 @@ class MetricsWriter:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in fields.items()
         }
-        self._file.write(json.dumps(record) + '\n')
-        self._file.flush()
-        for key, value in fields.items():
-            if key not in ('step', 'time') and isinstance(value, int | float):
-                self._tensorboard.add_scalar(f'{kind}/{key}', value, fields['step'])
+        failing = bool(self._unwritten)
+        self._unwritten += json.dumps(record).encode() + b'\n'
+        try:
+            self.flush()
+        except OSError as error:
+            if not failing:
+                self._report(
+                    f'warning: cannot write to {METRICS_FILE} ({error.strerror}); its records are kept '
+                    'in memory until that is possible again'
+                )
+        with contextlib.suppress(OSError):  # the same disk, of which the line above tells
+            self._tensorboard.write(kind, fields)
+
+    def flush(self) -> None:
+        """Writes what could not be written before; raises ``OSError`` where it still cannot."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(self._unwritten)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._unwritten = b''
+
+    def sync(self) -> None:
+        """As ``flush``, and waits until the records would survive a loss of power."""
+        self.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
-        self._tensorboard.close()
+        """Closes both; what could not be written is reported."""
+        with contextlib.suppress(OSError):
+            self._tensorboard.close()
+        with self._file:
+            try:
+                self.flush()
+            except OSError as error:
+                lost = self._unwritten.count(b'\n')
+                self._report(f'warning: {lost} records are not in {METRICS_FILE}: {error.strerror}')
+
+
+class _EventFile:
+    """A TensorBoard event file, begun with its first record.
+
+    tensorboardX's own ``SummaryWriter`` writes from a thread, which ends with the first failure of the
+    disk, and then every ``add_scalar`` waits for it in vain.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._directory = directory
+        self._writer = None
+
+    def write(self, kind: str, fields: dict[str, Any]) -> None:
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        if self._writer is None:
+            self._writer = event_file_writer.EventsWriter(os.path.join(self._directory, 'events'))
+        now, step = time.time(), fields['step']
+        for key, value in fields.items():
+            if key not in ('step', 'time') and isinstance(value, int | float):
+                scalar = summary.scalar(f'{kind}/{key}', value)
+                self._writer.write_event(event_pb2.Event(wall_time=now, step=step, summary=scalar))
+        if kind == 'session':  # TensorBoard then forgets what an earlier process wrote after this step
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(event_pb2.Event(wall_time=now, step=step, session_log=start))
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _drop_broken_tail(path: pathlib.Path) -> None:
@@ -76,15 +161,19 @@ def _drop_broken_tail(path: pathlib.Path) -> None:
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a run, in order of their steps, each step's last one of a kind.
 
-    A continued run writes the records after its checkpoint again; lines that are not whole are
-    left out.
+    A ``session`` that continues at a step takes back what was written of later steps before it, and an
+    earlier end. Lines that are not whole are left out.
     """
-    latest = {}
+    latest: dict[tuple[Any, int], dict[str, Any]] = {}
     for record in _lines(pathlib.Path(workdir, METRICS_FILE)):
-        key = (record.get('kind'), record.get('step'))
-        latest.pop(key, None)
-        latest[key] = record
-    return sorted(latest.values(), key=lambda record: record.get('step', 0))
+        kind, step = record.get('kind'), record.get('step')
+        if not isinstance(step, int):
+            continue
+        if kind == 'session':
+            latest = {k: r for k, r in latest.items() if k[1] <= step and k[0] != 'summary'}
+        latest.pop((kind, step), None)
+        latest[kind, step] = record
+    return sorted(latest.values(), key=lambda record: record['step'])
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -94,7 +183,7 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 yield record

@@ -10,15 +10,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from adabatch_jax import distributed, metrics, policies, schedules, steps, terminal, train_state
+from adabatch_jax.checkpoint import SaveFailed
+from adabatch_jax.config import changes, schedule_of
 from adabatch_jax.evaluate import evaluate
 from adabatch_jax.experiment import Experiment
 
+ALL_SKIPPED = {'loss': math.nan, 'accuracy': math.nan}  # of a window without an update that was made
+
 
 class Diverged(RuntimeError):
-    """The training loss is no longer finite; the last checkpoint is from before that."""
+    """Loss, gradient or weights are no longer finite; the last checkpoint is from before that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Run:
 
     def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host=None):
         host = host or {
+            'schedule': schedule_of(experiment.config),
             'policy': experiment.policy.initial_state(),
             'upcoming': None,
             'stage': -1,
@@ -47,6 +51,7 @@ class Run:
             'observed': {},
             'evaluation': None,
             'best_accuracy': -1.0,
+            'counts': {'skipped': 0, 'skipped_in_a_row': 0, 'fall_backs': 0},
             'seconds': {'wall': 0.0, 'train': 0.0, 'compile': 0.0},
         }
         self.experiment, self.clock = experiment, experiment.clock
@@ -61,6 +66,7 @@ class Run:
         self.observed: dict[str, Any] = host['observed']  # the last update whose sums were read
         self.evaluation: dict[str, Any] | None = host['evaluation']
         self.best_accuracy: float = host['best_accuracy']
+        self.counts: dict[str, int] = host['counts']  # of divergence and what was done about it
         self.seconds: dict[str, float] = host['seconds']
         self.began = time.perf_counter() - self.seconds['wall']
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
@@ -70,7 +76,10 @@ class Run:
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
         self.reason = ''  # why the upcoming update has its batch size
-        if self.step == 0:
+        self.schedule_changes = changes(host['schedule'], schedule_of(experiment.config))
+        if any(change.startswith('batch.') for change in self.schedule_changes):  # another ladder
+            self.policy_state = experiment.policy.initial_state()
+        if self.step == 0 or self.schedule_changes:
             self.decide()
         elif host['upcoming'] is not None:
             self.reason = host['upcoming']['reason']
@@ -99,6 +108,24 @@ class Run:
             **fields,
         )
 
+    def begin(self, reason: str) -> None:
+        """Writes the ``session`` record: where this process takes the run up, on what, and why."""
+        if self.step:
+            reason = f'continues from the checkpoint of update {self.step}; {reason}'.removesuffix('; ')
+        if self.schedule_changes:
+            reason = f'{reason}; schedule changed: {"; ".join(self.schedule_changes)}'
+        self.record(
+            'session',
+            self.step,
+            self.examples_seen,
+            reason=reason or 'begins',
+            num_devices=jax.device_count(),
+            device=jax.devices()[0].device_kind,
+            versions=metrics.versions(),
+        )
+        if reason:
+            self.display.say(f'epoch {self.epoch:.4g}: {reason}')
+
     def host_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, in JSON types.
 
@@ -106,6 +133,7 @@ class Run:
         run must not decide it again with what has been observed since.
         """
         return {
+            'schedule': schedule_of(self.experiment.config),
             'policy': self.policy_state,
             'upcoming': self.upcoming
             and {
@@ -120,6 +148,7 @@ class Run:
             'observed': self.observed,
             'evaluation': self.evaluation,
             'best_accuracy': self.best_accuracy,
+            'counts': self.counts,
             'seconds': self.seconds | {'wall': time.perf_counter() - self.began},
         }
 
@@ -145,7 +174,8 @@ class Run:
         return self.upcoming.batch_size != self.batch_size or self.upcoming.start != self.examples_seen
 
     def learning_rate(self, update: schedules.Update) -> float:
-        return self.experiment.learning_rate(self.clock.epoch(update.start), update.batch_size)
+        lowered = self.experiment.config.divergence.rate_factor ** self.counts['fall_backs']
+        return lowered * self.experiment.learning_rate(self.clock.epoch(update.start), update.batch_size)
 
     def dispatch(self) -> InFlight:
         """Starts the next update on the devices, without waiting for it."""
@@ -167,30 +197,55 @@ class Run:
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.seconds['train'] += seconds
+        self.window = metrics.add_sums(self.window, {'seconds': seconds})
+        self.observed = {
+            'step': flight.step,
+            'examples_seen': flight.update.end,
+            'learning_rate': flight.learning_rate,
+        }
+        if sums.pop('non_finite'):
+            self.skip(flight, sums)
+        else:
+            self.take_in(flight, sums)
+        if flight.step % self.experiment.config.log_every_steps == 0:
+            self.write_window()
+
+    def take_in(self, flight: InFlight, sums: dict[str, Any]) -> None:
+        """Adds the sums of an update to the window, and shows the policy its loss."""
         left_out = flight.update.batch_size - sums['count']
-        self.window = metrics.add_sums(self.window, {**sums, 'seconds': seconds, 'left_out': left_out})
-        loss = metrics.mean_metrics(sums)['loss']
-        if not math.isfinite(loss):
-            raise Diverged(
-                f'training diverged: loss {loss} at update {flight.step}, stage {self.stage}, batch '
-                f'size {flight.update.batch_size}, learning rate {flight.learning_rate:.6g}'
-            )
+        self.window = metrics.add_sums(self.window, {**sums, 'left_out': left_out})
+        self.counts['skipped_in_a_row'] = 0
         self.policy_state = self.experiment.policy.observe(
             self.policy_state,
             policies.Observation(
                 self.clock.epoch(flight.update.start),
                 flight.update.batch_size,
                 flight.learning_rate,
-                float(loss),
+                float(metrics.mean_metrics(sums)['loss']),
             ),
         )
-        self.observed = {
-            'step': flight.step,
-            'examples_seen': flight.update.end,
-            'learning_rate': flight.learning_rate,
-        }
-        if flight.step % self.experiment.config.log_every_steps == 0:
-            self.write_window()
+
+    def skip(self, flight: InFlight, sums: dict[str, Any]) -> None:
+        """Counts an update whose loss, gradient or weights are not finite and which was not made.
+
+        Raises:
+          Diverged: it was made, since nothing says to skip it, or too many were skipped in a row.
+        """
+        options = self.experiment.config.divergence
+        loss = metrics.mean_metrics(sums)['loss']
+        what = f'loss {loss:.4g}' + (', gradient or weights not finite' if math.isfinite(loss) else '')
+        where = (
+            f'update {flight.step}, stage {self.stage}, batch size {flight.update.batch_size}, '
+            f'learning rate {flight.learning_rate:.6g}'
+        )
+        self.counts['skipped_in_a_row'] += 1
+        if options.action != 'skip' or self.counts['skipped_in_a_row'] > options.max_skipped:
+            skipped = options.action == 'skip'
+            in_a_row = f', {self.counts["skipped_in_a_row"]} in a row' if skipped else ''
+            raise Diverged(f'training diverged: {what} at {where}{in_a_row}')
+        self.counts['skipped'] += 1
+        self.window = metrics.add_sums(self.window, {'skipped': 1})
+        self.display.say(f'epoch {self.epoch:.4g}: skipped {where}: {what}')
 
     # ------------------------------------------------------------------- between the updates
 
@@ -263,19 +318,18 @@ class Run:
         fields = {
             'batch_size': self.batch_size,
             'learning_rate': self.observed['learning_rate'],
-            'loss': sums['loss'] / sums['count'],
-            'examples_per_second': sums['count'] / sums['seconds'],
+            **(metrics.mean_metrics(sums) if sums.get('count') else ALL_SKIPPED),
+            'examples_per_second': sums.get('count', 0) / sums['seconds'],
         }
-        # Images that could not be decoded and were left out; named only where there are any.
-        left_out = {'left_out': round(sums['left_out'])} if sums['left_out'] else {}
+        # Images that could not be decoded, and updates that were skipped; only where there are any.
+        exceptions = {k: round(sums[k]) for k in ('left_out', 'skipped') if sums.get(k)}
         self.record(
             'train',
             self.observed['step'],
             self.observed['examples_seen'],
             stage=self.stage,
-            accuracy=sums['correct'] / sums['count'],
             **fields,
-            **left_out,
+            **exceptions,
         )
         self.display.update(self.observed['examples_seen'], **fields)
 
@@ -288,6 +342,12 @@ class Run:
         self.best_accuracy = max(self.best_accuracy, result['accuracy'])
         split = self.experiment.config.dataset.eval_split
         self.record('eval', self.step, self.examples_seen, split=split, **result)
+        if not math.isfinite(result['loss']):  # of weights that are finite, but too large
+            raise Diverged(
+                f'training diverged: {split} loss {result["loss"]} after update {self.step}, stage '
+                f'{self.stage}, batch size {self.batch_size}, learning rate '
+                f'{self.observed["learning_rate"]:.6g}'
+            )
         self.display.say(
             f'epoch {self.epoch:.4g}: {split} loss {result["loss"]:.4f}, accuracy '
             f'{result["accuracy"]:.2%}'
@@ -298,15 +358,14 @@ class Run:
     def save(self) -> None:
         """Begins to save a checkpoint; training goes on while it is written."""
         with self.paused():
-            norm = float(optax.tree.norm(self.state.params))
-            if not math.isfinite(norm):  # the last loss was that of the parameters before
-                raise Diverged(
-                    f'training diverged: the parameters after update {self.step} (stage '
-                    f'{self.stage}, batch size {self.batch_size}) are not finite'
-                )
             evaluated = self.evaluation is not None and self.evaluation['step'] == self.step
             accuracy = self.evaluation['accuracy'] if evaluated else None
-            self.checkpointer.save(self.step, self.state, self.host_state(), accuracy)
+            try:
+                self.writer.sync()  # a run that goes on from a checkpoint finds the records before it
+            except OSError as error:
+                self.checkpointer.failed(self.step, error)
+            else:
+                self.checkpointer.save(self.step, self.state, self.host_state(), accuracy)
 
     def written_summary(self) -> dict[str, Any] | None:
         """The summary that an earlier process wrote of this position, if it did."""
@@ -330,6 +389,11 @@ class Run:
             'best_accuracy': self.best_accuracy,
             'params_digest': train_state.params_digest(self.state),
         }
-        self.checkpointer.close()
+        summary |= {key: n for key, n in self.counts.items() if n and key != 'skipped_in_a_row'}
+        self.checkpointer.wait()
         self.record('summary', self.step, self.examples_seen, **summary)
+        try:
+            self.writer.sync()
+        except OSError as error:
+            raise SaveFailed(f'the summary could not be written: {error.strerror}') from error
         return summary

@@ -3,8 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import os
-import pathlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,13 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental.compilation_cache import compilation_cache
 
-from adabatch_jax import train_state
+from adabatch_jax import compilation_cache, train_state
 from adabatch_jax.train_state import TrainState
 
 AXIS_NAME = 'batch'  # of the mapped devices
@@ -56,6 +52,8 @@ class StepSpec:
       train: a train step, or else an evaluation step.
       num_parts: in how many parts the images of a train step's batch come to the devices, each of
         equally many microbatches.
+      skip_non_finite: whether a train step leaves the weights as they are when the loss, the gradient or
+        the new weights are not finite.
     """
 
     model: nn.Module
@@ -66,6 +64,7 @@ class StepSpec:
     num_microbatches: int = 1
     train: bool = True
     num_parts: int = 1
+    skip_non_finite: bool = False
 
 
 def _sums(logits, labels, mask):
@@ -100,7 +99,8 @@ def train_step(
       examples_seen: uint32 scalar, the clock after this update.
 
     Returns:
-      The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch.
+      The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch, and
+      ``non_finite``: 1 where the loss, the gradient or the new weights are not finite, else 0.
     """
     totals = accumulate(spec, state, zero_totals(state), batch, jnp.int32(0))
     return apply_gradients(spec, state, totals, learning_rate, examples_seen)
@@ -169,14 +169,25 @@ def apply_gradients(
 
     opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
     updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    sums = lax.psum(sums, AXIS_NAME)
+    finite = _all_finite((sums['loss'], grads, params, batch_stats))
+    new, old = (params, batch_stats, opt_state), (state.params, state.batch_stats, state.opt_state)
+    if spec.skip_non_finite:
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    params, batch_stats, opt_state = new
     state = state.replace(
         step=state.step + 1,
         examples_seen=examples_seen,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return state, lax.psum(sums, AXIS_NAME)
+    return state, {**sums, 'non_finite': 1.0 - finite}
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def eval_step(
@@ -288,14 +299,14 @@ def _memory_bytes(executable) -> int:
 def compile_step(spec: StepSpec) -> CompiledStep:
     """Lowers and compiles a step ahead of time, without running it."""
     start = time.perf_counter()
-    before = _persistent_cache_counts()
+    before = compilation_cache.counts()
     if not spec.train:
         step = _pmap(functools.partial(eval_step, spec), (None, 0))
     else:
         step = _pmap(functools.partial(train_step, spec), (None, 0, None, None), donate=0)
     in_parts = spec.num_parts > 1
     executable = AccumulatingStep(spec) if in_parts else step.lower(*_shapes(spec)).compile()
-    hits, misses = (b - a for a, b in zip(before, _persistent_cache_counts(), strict=True))
+    hits, misses = (b - a for a, b in zip(before, compilation_cache.counts(), strict=True))
     memory_bytes = _memory_bytes(executable)
     seconds = time.perf_counter() - start
     return CompiledStep(executable, seconds, hits > 0 and misses == 0, memory_bytes)
@@ -348,42 +359,3 @@ class StepCache:
 
 
 CACHE = StepCache()
-
-
-# --------------------------------------------------------------- persistent compilation cache
-
-_counts = threading.local()
-
-
-def _count_event(event: str, **_) -> None:
-    for name in ('cache_hits', 'cache_misses'):
-        if event == f'/jax/compilation_cache/{name}':
-            setattr(_counts, name, getattr(_counts, name, 0) + 1)
-
-
-jax.monitoring.register_event_listener(_count_event)
-
-
-def _persistent_cache_counts() -> tuple[int, int]:
-    """Hits and misses of the persistent cache on this thread so far."""
-    return getattr(_counts, 'cache_hits', 0), getattr(_counts, 'cache_misses', 0)
-
-
-def enable_persistent_cache(directory: str) -> None:
-    """Keeps compiled code on disk from one process to the next.
-
-    Args:
-      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, or the one that the environment variable
-        ``JAX_COMPILATION_CACHE_DIR`` names; ``''`` for none. Each version of jaxlib has its own folder.
-    """
-    if directory == 'auto':
-        if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-            return
-        home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-        directory = os.path.join(home, 'adabatch_jax')
-    if directory:
-        directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
-    jax.config.update('jax_compilation_cache_dir', directory or None)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-    compilation_cache.reset_cache()  # it may have been opened elsewhere, by an earlier compilation

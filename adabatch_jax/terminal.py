@@ -60,6 +60,11 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int]) -> None:
         console.print(f'Batch sizes are decided during the run, from {sizes}; shown: no growth.')
 
 
+def say(message: str) -> None:
+    """Prints a line; above the progress bar, where there is one."""
+    console.print(message)
+
+
 class ProgressDisplay:
     """A progress bar over the epochs, or plain lines where the output is no terminal."""
 
@@ -102,7 +107,7 @@ class ProgressDisplay:
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        console.print(message)
+        say(message)
 
 
 def print_stages(records: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The training loop and its set-up. To find your way, begin with ``train``."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import threading
@@ -12,21 +13,24 @@ import ml_collections
 
 from adabatch_jax import (
     checkpoint,
+    compilation_cache,
     distributed,
     input_pipeline,
     memory,
     metrics,
     schedules,
     steps,
+    terminal,
     train_state,
     workdir,
 )
-from adabatch_jax.config import resolve, user_errors
+from adabatch_jax.checkpoint import SaveFailed
+from adabatch_jax.config import SCHEDULE, resolve, user_errors
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.run import Diverged, Run
 
-__all__ = ['Diverged', 'Preempted', 'fitted', 'plan', 'train']
+__all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
 
 
 class Preempted(RuntimeError):
@@ -37,6 +41,7 @@ def train(
     config: ml_collections.ConfigDict,
     directory: str | os.PathLike,
     stop: threading.Event | None = None,
+    allow_schedule_change: bool = False,
 ) -> dict[str, Any]:
     """Trains, or continues what the work directory holds.
 
@@ -44,6 +49,8 @@ def train(
       config: from ``config.default_config()``, with changes.
       directory: the work directory; made where it does not exist.
       stop: when set, the run saves after the update in progress and ends.
+      allow_schedule_change: whether a run may be continued, from where it is, with other values of the
+        keys in ``config.SCHEDULE``.
 
     Returns:
       The ``summary`` record.
@@ -51,41 +58,67 @@ def train(
     Raises:
       ConfigError: a mistake in the config, the data or the work directory; nothing is lost or
         overwritten.
-      Diverged: the training loss became infinite or not a number.
-      Preempted: ``stop`` was set.
+      Diverged: loss, gradient or weights became infinite or not a number, and what
+        ``config.divergence`` says about that did not help.
+      Preempted: ``stop`` was set, and the run was saved.
+      SaveFailed: it could not be saved where it ended.
     """
-    config = resolve(config)
-    summary, max_per_device = None, None  # as config and checkpoint say
-    while summary is None:
-        summary, max_per_device = _attempt(config, pathlib.Path(directory), max_per_device, stop)
+    config, directory = resolve(config), pathlib.Path(directory)
+    with user_errors('workdir'):
+        workdir.check(config, directory, may_differ=SCHEDULE if allow_schedule_change else ())
+    with workdir.locked(directory):
+        attempt: Attempt | None = Attempt()
+        while attempt is not None:
+            summary, attempt = _try(attempt, config, directory, stop)
     return summary
 
 
-def _attempt(config, directory, max_per_device, stop) -> tuple[dict[str, Any] | None, int | None]:
-    """The summary, or after running out of memory the microbatch to try again with.
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What to take a run up with from its last checkpoint, and why it is not what the checkpoint says.
+
+    Attributes:
+      max_per_device: largest microbatch.
+      fall_backs: how often the effective learning rate has been lowered.
+      reason: in words, for the ``session`` record.
+    """
+
+    max_per_device: int | None = None
+    fall_backs: int | None = None
+    reason: str = ''
+
+
+def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attempt | None]:
+    """The summary, or what to try next.
 
     The next attempt begins at the last checkpoint, since what became of donated buffers is not known.
     That this is a function frees the memory of the one before.
     """
-    with open_run(config, directory, max_per_device) as run:
+    with open_run(config, directory, attempt) as run:
         try:
-            return loop(run, stop), None
+            return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
             size = run.upcoming.batch_size if run.upcoming else run.batch_size
             smaller = memory.smaller_microbatch(error, run.experiment, size)
-            run.display.say(
-                f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples '
-                'from the last checkpoint on'
+            reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
+            return None, dataclasses.replace(attempt, max_per_device=smaller, reason=reason)
+        except Diverged as error:
+            options, fall_backs = config.divergence, run.counts['fall_backs'] + 1
+            if options.action != 'fall_back' or fall_backs > options.max_fall_backs:
+                raise
+            lowered = f'effective learning rate x {options.rate_factor**fall_backs:g}'
+            return None, dataclasses.replace(
+                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}'
             )
-            return None, smaller
 
 
-def loop(run: Run, stop: threading.Event | None = None) -> dict[str, Any]:
-    """Trains from where a run is to its end; the arguments and results are those of ``train``."""
+def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dict[str, Any]:
+    """Trains from where a run is to its end; arguments, result and exceptions are those of ``train``."""
     config = run.experiment.config
     if run.upcoming is None and (summary := run.written_summary()):
         run.display.say('this run is complete: nothing is left to train')
         return summary
+    run.begin(reason)
     while run.upcoming is not None:
         if run.step_fn is None or run.changes_stage:
             run.enter_stage()
@@ -99,8 +132,9 @@ def loop(run: Run, stop: threading.Event | None = None) -> dict[str, Any]:
             run.evaluate()
         if run.is_due(config.checkpoint_every_epochs):
             run.save()
-        if stop is not None and stop.is_set():
+        if distributed.asked_to_stop(run.step, stop):
             run.save()
+            run.checkpointer.wait()
             raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
     return run.finish()
 
@@ -117,7 +151,7 @@ def plan(config: ml_collections.ConfigDict) -> schedules.Plan:
 def fitted(config: ml_collections.ConfigDict) -> Experiment:
     """The experiment of a config, its batches split as the memory of this machine's devices asks for."""
     config = resolve(config)
-    steps.enable_persistent_cache(config.compile.cache_dir)  # a run that follows finds the step there
+    compilation_cache.enable(config.compile.cache_dir)  # a run that follows finds the step there
     return memory.fit(describe(config))
 
 
@@ -125,41 +159,50 @@ def fitted(config: ml_collections.ConfigDict) -> Experiment:
 def open_run(
     config: ml_collections.FrozenConfigDict,
     directory: pathlib.Path,
-    max_per_device: int | None = None,
+    attempt: Attempt,
 ) -> Iterator[Run]:
     """Sets up a run at the position that its work directory holds, and closes its files.
 
-    The largest microbatch is ``max_per_device`` where that is given, else the one of the checkpoint, so
+    The largest microbatch is that of the attempt where it has one, else the one of the checkpoint, so
     that a continued run computes the same on another machine, else that of the config.
     """
-    steps.enable_persistent_cache(config.compile.cache_dir)
+    compilation_cache.enable(config.compile.cache_dir)
     experiment = describe(config)
-    with user_errors('workdir'):
-        workdir.check(config, directory)
     folder, host = directory / checkpoint.FOLDER, None
-    state = train_state.create(
-        experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
-    )
-    if checkpoint.steps(folder):
-        state, host = checkpoint.restore(folder, target=state)
-    upcoming = host['upcoming'] if host else {'batch_size': experiment.plan.stages[0].batch_size}
-    max_per_device = max_per_device or (host or {}).get('max_per_device')  # older ones do not say
-    if max_per_device:
-        experiment = experiment.with_microbatches_up_to(max_per_device)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
         with user_errors('config.dataset'):
             pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
         stack.enter_context(contextlib.closing(pipeline))
+        state = train_state.create(
+            experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
+        )
+        if checkpoint.steps(folder):
+            with user_errors('workdir'):
+                state, host = checkpoint.restore(folder, target=state, report=terminal.say)
+        if max_per_device := attempt.max_per_device or _kept_microbatch(config, host):
+            experiment = experiment.with_microbatches_up_to(max_per_device)
         experiment = memory.fit(experiment)
-        if config.compile.precompile and upcoming:
-            steps.CACHE.precompile(experiment.train_spec(upcoming['batch_size']))
-        state = jax.device_put(state, distributed.replicated())
+        state = distributed.replicate(state)
         workdir.create(config, experiment.plan, directory)
         with user_errors('workdir'):
-            writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(directory)))
-            saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(folder)))
+            checkpoint.set_aside_after(folder, int(state.step))
+            writer = metrics.MetricsWriter(directory, terminal.say)
+            stack.enter_context(contextlib.closing(writer))
+            saver = checkpoint.Checkpointer(folder, terminal.say)
+            stack.enter_context(contextlib.closing(saver))
         run = Run(experiment, pipeline, writer, saver, state, host)
+        if attempt.fall_backs is not None:
+            run.counts['fall_backs'] = attempt.fall_backs
+        if config.compile.precompile and run.upcoming:
+            steps.CACHE.precompile(experiment.train_spec(run.upcoming.batch_size))
         stack.enter_context(run.display)
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
+
+
+def _kept_microbatch(config, host: dict[str, Any] | None) -> int | None:
+    """The largest microbatch that a checkpoint was trained with, unless it is to be changed."""
+    if host is None or host['schedule'].get('batch.max_per_device') != config.batch.max_per_device:
+        return None
+    return host['max_per_device']

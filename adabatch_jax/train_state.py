@@ -11,7 +11,6 @@ In a notebook::
 ``experiment.describe(config).train_spec(...).normalize``.
 """
 
-import hashlib
 import os
 from typing import Any
 
@@ -85,20 +84,22 @@ def create(
 def restore(
     workdir: str | os.PathLike, step: int | None = None, target: TrainState | None = None
 ) -> TrainState:
-    """The state that a work directory holds, on this process's devices, however many they are.
+    """The state that a work directory holds, on the default device, however many it was trained on.
 
     Args:
       workdir: a run's work directory.
-      step: the update to restore; None for the latest that was saved.
+      step: the update to restore; None for the latest that was saved and is not damaged.
       target: a state of the same structure, from ``create``. Without one, ``opt_state`` comes back
         as plain dictionaries; everything else is the same.
 
     Raises:
       FileNotFoundError: no checkpoint there, or none of that step; the message lists what exists.
+      checkpoint.Damaged: its files are not what was written.
     """
     from adabatch_jax import checkpoint
 
     tree, _ = checkpoint.restore(os.path.join(workdir, checkpoint.FOLDER), step, target)
+    tree = jax.tree.map(jnp.array, tree)
     return tree if isinstance(tree, TrainState) else TrainState(**tree)
 
 
@@ -111,15 +112,8 @@ def param_count(state_or_params: Any) -> int:
 def params_digest(state: TrainState) -> str:
     """SHA-256 of parameters and batch statistics: equal digests are equal weights, bit for bit.
 
-    Hashes, for every array in the order of its path, the path, the dtype, the shape and the bytes
-    (little-endian, row-major).
+    See ``checkpoint.tree_digest`` for what is hashed.
     """
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree.flatten_with_path({'params': state.params, 'batch_stats': state.batch_stats})
-    named = sorted((jax.tree_util.keystr(path, simple=True, separator='/'), x) for path, x in leaves)
-    for path, leaf in named:
-        array = np.asarray(leaf)
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder('<'))
-        digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    from adabatch_jax import checkpoint
+
+    return checkpoint.tree_digest({'params': state.params, 'batch_stats': state.batch_stats})

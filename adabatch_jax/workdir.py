@@ -1,16 +1,25 @@
 """The work directory: whose it is, and the files that describe its run."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import socket
+from collections.abc import Iterator
 
 import ml_collections
 
 from adabatch_jax import checkpoint, metrics
-from adabatch_jax.config import ConfigError, differences, from_json, resolve, to_json
+from adabatch_jax.config import SCHEDULE, ConfigError, differences, from_json, resolve, to_json
 from adabatch_jax.schedules import Plan
 
-CONFIG_FILE, PLAN_FILE = 'config.json', 'plan.json'
+try:
+    import fcntl
+except ImportError:  # Windows: work directories are not locked there
+    fcntl = None
+
+CONFIG_FILE, PLAN_FILE, LOCK_FILE = 'config.json', 'plan.json', '.lock'
 
 
 def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -36,7 +45,7 @@ def check(
     Args:
       config: the resolved config of what is to be done with it.
       workdir: the directory.
-      may_differ: keys whose values need not be those of the run.
+      may_differ: beginnings of keys whose values need not be those of the run.
 
     Raises:
       ConfigError: it holds a run of another config, and which keys differ; or files of a run
@@ -49,6 +58,7 @@ def check(
             raise ConfigError(
                 f'workdir: {str(workdir)!r} holds a run of another config; differing: '
                 f'{"; ".join(differing)}; choose another --workdir, or the same settings'
+                f'{_advice(differing)}'
             )
         return
     for name in (metrics.METRICS_FILE, checkpoint.FOLDER, PLAN_FILE):
@@ -59,11 +69,61 @@ def check(
             )
 
 
-def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path) -> None:
-    """Makes the directory and writes what describes the run.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a work directory, which is made where it does not exist.
 
-    The config stays as the run began with it; the plan is written anew, since a continued run may split
-    its batches into other microbatches.
+    The lock is the kernel's and ends with the process that holds it, however that ends. A directory that
+    was made here and has got no other file is removed again.
+
+    Raises:
+      ConfigError: another process holds the lock, or the directory cannot be written to.
+    """
+    path = workdir / LOCK_FILE
+    try:
+        missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
+    try:
+        _lock(descriptor, workdir)
+        try:
+            yield
+        finally:
+            if missing and os.listdir(workdir) == [LOCK_FILE]:
+                path.unlink()
+                with contextlib.suppress(OSError):  # others may have found a use for a parent
+                    for folder in missing:
+                        folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, workdir: pathlib.Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors='replace').strip() or 'another process'
+        raise ConfigError(
+            f'workdir: {str(workdir)!r} is in use by {holder}; wait for it to end, or choose another '
+            '--workdir'
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a disk without locks
+            raise
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder is not named
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
+
+
+def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path) -> None:
+    """Writes what describes the run into its directory, which exists.
+
+    The config stays as the run began with it, except where it is continued with another schedule; the
+    plan is written anew, since a continued run may split its batches into other microbatches.
 
     Raises:
       ConfigError: it cannot be written, or the run there had another number of training examples.
@@ -75,12 +135,17 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
             f'{plan.clock.num_examples} now; bring it back as it was, or choose another --workdir'
         )
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / CONFIG_FILE).exists():
+        if not (workdir / CONFIG_FILE).exists() or differences(config, resolve(read_config(workdir))):
             _write(workdir / CONFIG_FILE, to_json(config))
         _write(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
+
+
+def _advice(differing: list[str]) -> str:
+    if not all(difference.startswith(SCHEDULE) for difference in differing):
+        return ''
+    return ', or go on with this schedule: --allow_schedule_change'
 
 
 def _num_examples(plan_file: pathlib.Path) -> int | None:
@@ -92,6 +157,6 @@ def _num_examples(plan_file: pathlib.Path) -> int | None:
 
 def _write(path: pathlib.Path, text: str) -> None:
     """Whole or not at all, also where the process is killed."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary = path.with_name(f'.{path.name}')
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)

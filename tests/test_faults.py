@@ -1,4 +1,4 @@
-"""Runs that are killed without warning end as one that was never stopped."""
+"""Runs that are killed without warning, anywhere, end as one that was never stopped."""
 
 import os
 import random
@@ -8,66 +8,125 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
+from fault_child import POINTS
 
-from adabatch_jax import metrics
+from adabatch_jax import checkpoint, metrics, train_state
 
 FLAGS = (
     '--config=configs/quickstart.py',
-    '--config.num_epochs=6',
-    '--config.batch.growth_epochs=2',
-    '--config.checkpoint_every_epochs=0.25',
-    '--config.eval_every_epochs=1',
+    '--config.dataset.train_split=train[:25%]',
+    '--config.dataset.eval_split=test[:64]',
+    '--config.dataset.eval_batch_size=32',
+    '--config.num_epochs=3',
+    '--config.batch.growth_epochs=1',
+    '--config.checkpoint_every_epochs=0.2',
+    '--config.eval_every_epochs=0.5',
+    '--config.log_every_steps=3',
 )
-KILLS = int(os.environ.get('ADABATCH_TEST_KILLS', '4'))
+KILLS = int(os.environ.get('ADABATCH_TEST_KILLS', '24'))
+TIMED = ('time', 'examples_per_second', 'compile_seconds', 'stall_seconds', 'cache_hit')
 
 
-def start(workdir, root):
+def start(workdir, *before):
+    command = ['-m', 'adabatch_jax.main'] if not before else [ROOT / 'tests/fault_child.py', *before]
     return subprocess.Popen(
-        [sys.executable, '-m', 'adabatch_jax.main', *FLAGS, f'--workdir={workdir}'],
-        cwd=root,
+        [sys.executable, *map(str, command), *FLAGS, f'--workdir={workdir}'],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def summary(workdir):
-    return [r for r in metrics.read_records(workdir) if r['kind'] == 'summary'][-1]
+def finish(process, *statuses):
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode in statuses, output
+    assert 'Traceback' not in output
+    return process.returncode
+
+
+def result(workdir):
+    """What two runs that are the same have in common: their end, and every record but for its times."""
+    records = metrics.read_records(workdir)
+    end = records[-1]
+    assert end['kind'] == 'summary'
+    assert train_state.params_digest(train_state.restore(workdir)) == end['params_digest']
+    kept = [
+        {key: value for key, value in record.items() if key not in TIMED}
+        for record in records
+        if record['kind'] in ('train', 'eval')
+    ]
+    sizes = {r['stage']: (r['batch_size'], r['learning_rate']) for r in reversed(records)
+             if r['kind'] == 'stage'}  # fmt: skip
+    assert checkpoint.best_step(workdir / checkpoint.FOLDER) is not None
+    return (end['updates'], end['params_digest'], end['best_accuracy']), kept, sizes
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    from conftest import ROOT
-
     workdir = tmp_path_factory.mktemp('whole')
-    process = start(workdir, ROOT)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return summary(workdir)
+    finish(start(workdir), 0)
+    return result(workdir)
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_weights(whole, tmp_path, command_line):
-    """Kills at seeded updates after each start; between them lie saves, evaluations, transitions."""
-    rng, killed = random.Random(7), 0
-    while killed < KILLS:
-        process = start(tmp_path, command_line.root)
-        records = metrics.read_records(tmp_path)
-        begun = max((r['step'] for r in records), default=0)
-        target = begun + rng.randint(0, whole['updates'] // KILLS)
-        while process.poll() is None:
-            if max((r['step'] for r in metrics.read_records(tmp_path)), default=0) >= target:
-                time.sleep(rng.random() / 2)  # somewhere after the record, not right at it
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-            time.sleep(0.02)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode in (0, -signal.SIGKILL), output
-        if process.returncode == 0:
+def test_runs_killed_at_every_kind_of_point_end_in_the_same_weights_and_records(whole, tmp_path):
+    """Each process is killed once, at a seeded point, and the next one goes on from what it left."""
+    rng, killed, life = random.Random(11), [], 0
+    points = []
+    while len(killed) < KILLS:
+        points = points or rng.sample(sorted(POINTS), len(POINTS))
+        point, n = points.pop(), rng.randint(1, 6)
+        workdir = tmp_path / str(life)
+        if finish(start(workdir, 'SIGKILL', point, n), 0, -signal.SIGKILL):
+            killed.append(point)
+        else:  # the run was over before the point was reached so often
+            assert result(workdir) == whole, killed
+            life += 1
+    finish(start(workdir), 0)
+    assert result(workdir) == whole, killed
+    assert len(set(killed)) >= min(KILLS, len(POINTS)) // 2
+
+
+def test_a_run_killed_from_outside_at_any_time_ends_in_the_same_weights_and_records(whole, tmp_path):
+    rng = random.Random(5)
+    for _ in range(3):
+        process = start(tmp_path)
+        time.sleep(3 * rng.random() + 1)  # from imports and start-up to the first epochs
+        process.send_signal(signal.SIGKILL)
+        finish(process, 0, -signal.SIGKILL)
+    finish(start(tmp_path), 0)
+    assert result(tmp_path) == whole
+
+
+def test_a_run_that_gets_sigterm_saves_and_ends_in_the_same_weights_and_records(whole, tmp_path):
+    for point, n in [
+        ('an update is on the devices', 7),
+        ('an evaluation is in the middle', 2),
+        ('a checkpoint is being written', 3),
+        ('a stage has begun', 1),
+    ]:
+        if finish(start(tmp_path, 'SIGTERM', point, n), 143, 0) == 0:
             break
-    process = start(tmp_path, command_line.root)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert killed > 0
-    again = summary(tmp_path)
-    assert (again['updates'], again['params_digest']) == (whole['updates'], whole['params_digest'])
+        stopped = metrics.read_records(tmp_path)[-1]
+        assert train_state.restore(tmp_path).step >= stopped['step']
+    finish(start(tmp_path), 0)
+    assert result(tmp_path) == whole
+
+
+def test_a_second_process_is_refused_while_the_first_one_trains(whole, tmp_path):
+    first = start(tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not metrics.read_records(tmp_path):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.02)
+        second = start(tmp_path)
+        output, _ = second.communicate(timeout=200)
+        assert second.returncode == 2, output
+        assert f'is in use by process {first.pid} on ' in output
+    finally:
+        status = finish(first, 0)
+    assert status == 0
+    assert result(tmp_path) == whole

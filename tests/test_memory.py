@@ -195,7 +195,7 @@ def test_an_evaluation_that_runs_out_of_memory_names_its_batch_size(tmp_path, mo
 def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(memory, 'fit', lambda experiment: experiment.with_microbatches_up_to(2))
-        with train.open_run(resolve(make_config()), tmp_path) as run:
+        with train.open_run(resolve(make_config()), tmp_path, train.Attempt()) as run:
             run.enter_stage()
             run.in_flight = run.dispatch()
             run.observe()

@@ -1,6 +1,10 @@
 """Records: whole lines, and readers that survive what a killed process leaves."""
 
+import errno
 import json
+import os
+
+import pytest
 
 from adabatch_jax import metrics
 
@@ -45,6 +49,59 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
     write(tmp_path, ('train', 3, 0.5))
     (events,) = tmp_path.glob('events.out.tfevents.*')
     assert b'train/loss' in events.read_bytes()
+
+
+def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path, monkeypatch):
+    reported = []
+    writer = metrics.MetricsWriter(tmp_path, reported.append)
+    writer.write('train', step=1, loss=0.5)
+    file, tensorboard = writer._file, writer._tensorboard._writer
+
+    class Full:
+        fileno, truncate = file.fileno, file.truncate
+
+        def write(self, data):
+            if len(data) > 10:
+                return file.write(data[:10])  # as far as there was room
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def refuse(event):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    writer._file = Full()
+    monkeypatch.setattr(tensorboard, 'write_event', refuse)
+    writer.write('train', step=2, loss=0.25)
+    writer.write('train', step=3, loss=0.125)
+    assert [r['step'] for r in metrics.read_records(tmp_path)] == [1]
+    assert (tmp_path / 'metrics.jsonl').read_bytes().endswith(b'}\n')
+    assert len(reported) == 1 and 'No space left on device' in reported[0]
+    with pytest.raises(OSError):
+        writer.flush()
+    writer._file = file
+    writer.write('train', step=4, loss=0.1)
+    writer.close()
+    assert [r['step'] for r in metrics.read_records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_session_takes_back_what_was_written_of_later_steps_and_an_earlier_end(tmp_path):
+    write(tmp_path, ('session', 0, 0), ('train', 2, 0.5), ('train', 4, 0.4), ('summary', 4, 0))
+    write(tmp_path, ('session', 3, 0), ('train', 6, 0.3))
+    assert [(r['kind'], r['step']) for r in metrics.read_records(tmp_path)] == [
+        ('session', 0), ('train', 2), ('session', 3), ('train', 6),
+    ]  # fmt: skip
+    write(tmp_path, ('summary', 6, 0))
+    write(tmp_path, ('session', 6, 0), ('train', 8, 0.2), ('summary', 8, 0))
+    kinds = [r['kind'] for r in metrics.read_records(tmp_path)]
+    assert kinds.count('summary') == 1 and kinds[-1] == 'summary'
+
+
+@pytest.mark.parametrize('cut', range(1, 60, 7))
+def test_a_file_cut_off_anywhere_can_be_read_and_continued(tmp_path, cut):
+    write(tmp_path, ('train', 1, 0.5), ('train', 2, 0.4))
+    path = tmp_path / 'metrics.jsonl'
+    os.truncate(path, path.stat().st_size - cut)
+    write(tmp_path, ('train', 3, 0.3))
+    assert [r['step'] for r in metrics.read_records(tmp_path)] == [1, 3]
 
 
 def test_a_directory_without_records_has_none(tmp_path):

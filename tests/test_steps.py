@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from adabatch_jax import compilation_cache as persistent_cache
 from adabatch_jax import distributed, models, optimizers, steps, train_state
 
 TRACES = []
@@ -251,7 +252,7 @@ def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
             'jax_persistent_cache_min_entry_size_bytes',
         )
     }
-    steps.enable_persistent_cache(str(tmp_path))
+    persistent_cache.enable(str(tmp_path))
     try:
         spec = make_spec(batch_size=24)
         first, second = steps.compile_step(spec), steps.compile_step(spec)

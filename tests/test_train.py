@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import threading
 
 import jax
@@ -14,6 +15,7 @@ from adabatch_jax.config import ConfigError
 from adabatch_jax.input_pipeline import order
 
 FIELDS = {
+    'session': {'reason', 'num_devices', 'device', 'versions'},
     'train': {
         'stage',
         'batch_size',
@@ -158,6 +160,28 @@ def test_state_digest_and_examples_seen_are_restored_from_the_work_directory(fin
 
 def test_the_same_config_gives_the_same_weights(finished, tmp_path):
     assert train.train(tiny(), tmp_path)['params_digest'] == finished[1]['params_digest']
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(finished, tmp_path):
+    """What a process killed during a save leaves behind."""
+    with pytest.raises(train.Preempted):
+        train.train(tiny(), tmp_path, StopAt(4))
+    folder = tmp_path / checkpoint.FOLDER
+    shutil.copytree(folder / '5', folder / checkpoint.UNFINISHED / '7.orbax-checkpoint-tmp')
+    assert train.train(tiny(), tmp_path)['params_digest'] == finished[1]['params_digest']
+
+
+def test_what_a_run_took_up_and_on_what_is_in_its_session_records(finished, tmp_path):
+    (session,) = of_kind(finished[0], 'session')
+    assert (session['step'], session['reason'], session['num_devices']) == (0, 'begins', 2)
+    assert session['versions']['jax'] == jax.__version__
+    with pytest.raises(train.Preempted):
+        train.train(tiny(), tmp_path, StopAt(4))
+    train.train(tiny(), tmp_path)
+    assert [s['reason'] for s in of_kind(tmp_path, 'session')] == [
+        'begins',
+        'continues from the checkpoint of update 5',
+    ]
 
 
 @pytest.mark.parametrize('stop_at', [1, 5, 12, 13, 14, 18])
@@ -335,13 +359,6 @@ def test_restore_without_checkpoint_says_what_there_is(finished, tmp_path):
         train_state.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match='it has those of steps'):
         train_state.restore(finished[0], step=10_000)
-
-
-def test_an_empty_checkpoint_folder_is_no_checkpoint(tmp_path):
-    (tmp_path / checkpoint.FOLDER / '99').mkdir(parents=True)
-    assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == []
-    with pytest.raises(FileNotFoundError, match='no checkpoint in'):
-        train_state.restore(tmp_path)
 
 
 def test_digest_tells_states_apart_by_a_single_bit(finished):

@@ -1,0 +1,45 @@
+"""XLA's persistent compilation cache: compiled code on disk, and what was found there."""
+
+import os
+import pathlib
+import threading
+
+import jax
+import jaxlib
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+_counts = threading.local()
+
+
+def _count_event(event: str, **_) -> None:
+    for name in ('cache_hits', 'cache_misses'):
+        if event == f'/jax/compilation_cache/{name}':
+            setattr(_counts, name, getattr(_counts, name, 0) + 1)
+
+
+jax.monitoring.register_event_listener(_count_event)
+
+
+def counts() -> tuple[int, int]:
+    """Hits and misses of the persistent cache on this thread so far."""
+    return getattr(_counts, 'cache_hits', 0), getattr(_counts, 'cache_misses', 0)
+
+
+def enable(directory: str) -> None:
+    """Keeps compiled code on disk from one process to the next.
+
+    Args:
+      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, or the one that the environment variable
+        ``JAX_COMPILATION_CACHE_DIR`` names; ``''`` for none. Each version of jaxlib has its own folder.
+    """
+    if directory == 'auto':
+        if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+            return
+        home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+        directory = os.path.join(home, 'adabatch_jax')
+    if directory:
+        directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
+    jax.config.update('jax_compilation_cache_dir', directory or None)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    reset_cache()  # it may have been opened elsewhere, by an earlier compilation
