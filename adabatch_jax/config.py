@@ -74,7 +74,36 @@ def default_config() -> ml_collections.ConfigDict:
     batch.patience_epochs = 3  # policy plateau: epochs without improvement before growth
     batch.min_improvement = 0.01  # policy plateau: relative fall of the loss that is improvement
     batch.update_growth_factor = 1.1  # policy friedlander_schmidt: growth of the sample per update
+    batch.replay = ''  # policy replay: work directory of the run whose batch sizes to use again
+    batch.gradient_statistics = False  # measure variance and norm of the gradient with any policy
     batch.max_per_device = 0  # examples; largest microbatch of one device, 0: what its memory holds
+
+    batch.statistics = statistics = ml_collections.ConfigDict()  # policies that decide by statistics
+    statistics.min_size = 0  # examples; floor of policies that may shrink, 0: base_size
+    statistics.decay = 0.99  # of the averages, for base_size examples
+    statistics.decision_epochs = 0.25  # epochs between two decisions at least
+    statistics.hysteresis = 0.1  # relative distance past the boundary of two rungs
+    statistics.max_rungs = 1  # of the ladder, in one decision
+    statistics.max_switches = 20  # of the batch size in a run; 0: any number
+    statistics.min_speedup = 0.0  # in examples per second by the last rung, for growth to go on; 0: any
+
+    batch.cabs = ml_collections.ConfigDict()
+    batch.cabs.scale = 1.0  # factor of the batch size
+    batch.cabs.reference = False  # averages as in the authors' code, with their bias
+    batch.big_batch = ml_collections.ConfigDict()
+    batch.big_batch.theta = 1.0  # noise over signal
+    batch.big_batch.unbiased = True  # signal without its noise; else the published test
+    batch.norm_test = ml_collections.ConfigDict()
+    batch.norm_test.theta = 0.5  # noise over norm of the gradient
+    batch.inner_product = ml_collections.ConfigDict()
+    batch.inner_product.theta = 0.9  # noise along the gradient over its norm
+    batch.inner_product.nu = 5.84  # noise orthogonal to the gradient over its norm; 0: no such test
+    batch.noise_scale = ml_collections.ConfigDict()
+    batch.noise_scale.scale = 1.0  # factor of the batch size
+    batch.gradient_diversity = ml_collections.ConfigDict()
+    batch.gradient_diversity.delta = 1.0  # factor of the batch size
+    batch.simigrad = ml_collections.ConfigDict()
+    batch.simigrad.cosine = 0.5  # of the gradients of two halves of a batch
 
     config.learning_rate = rate = ml_collections.ConfigDict()
     rate.effective = 0.01  # at the reference batch size
@@ -85,7 +114,7 @@ def default_config() -> ml_collections.ConfigDict:
     rate.power = 2.0  # polynomial: exponent
     rate.warmup_epochs = 0.0  # epochs of linear warm-up
     rate.warmup_initial = 0.0  # fraction of the rate at which warm-up begins
-    rate.coupling = 'linear'  # to the batch size: linear, sqrt or none
+    rate.coupling = 'auto'  # to the batch size: linear, sqrt or none; auto: what the policy goes with
     rate.reference_batch_size = 128  # examples
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -138,6 +167,13 @@ _POSITIVE = (
     'batch.base_size',
     'batch.growth_epochs',
     'batch.patience_epochs',
+    'batch.statistics.max_rungs',
+    'batch.cabs.scale',
+    'batch.big_batch.theta',
+    'batch.norm_test.theta',
+    'batch.inner_product.theta',
+    'batch.noise_scale.scale',
+    'batch.gradient_diversity.delta',
     'learning_rate.effective',
     'learning_rate.decay_factor',
     'learning_rate.power',
@@ -152,6 +188,12 @@ _NOT_NEGATIVE = (
     'batch.max_size',
     'batch.max_per_device',
     'batch.min_improvement',
+    'batch.statistics.min_size',
+    'batch.statistics.decision_epochs',
+    'batch.statistics.hysteresis',
+    'batch.statistics.max_switches',
+    'batch.statistics.min_speedup',
+    'batch.inner_product.nu',
     'divergence.max_skipped',
     'divergence.max_fall_backs',
     'learning_rate.decay_epochs',
@@ -167,6 +209,7 @@ _CHOICES = {
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
+    'learning_rate.coupling': ('auto', 'linear', 'sqrt', 'none'),
     'divergence.action': ('stop', 'skip', 'fall_back'),
 }
 
@@ -216,8 +259,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
     check(('dataset.min_crop_area',), 'a number above 0, up to 1', lambda value: 0 < value <= 1)
     check(('divergence.rate_factor',), 'a number above 0, below 1', lambda value: 0 < value < 1)
-    fractions = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2')
-    check(fractions, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
+    check(('batch.simigrad.cosine',), 'a number above 0, below 1', lambda value: 0 < value < 1)
+    averages = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2', 'batch.statistics.decay')
+    check(averages, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:

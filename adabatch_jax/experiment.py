@@ -47,6 +47,7 @@ class Experiment:
             num_microbatches,
             num_parts=num_microbatches // in_part,
             skip_non_finite=self.config.divergence.action == 'skip',
+            statistics=self.policy.statistics,
         )
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
@@ -79,7 +80,13 @@ class Experiment:
         size = math.ceil(wanted / devices) * devices
         like = self.train_spec(self.plan.ladder[0])
         return dataclasses.replace(
-            like, batch_size=size, num_microbatches=1, num_parts=1, train=False, skip_non_finite=False
+            like,
+            batch_size=size,
+            num_microbatches=1,
+            num_parts=1,
+            train=False,
+            skip_non_finite=False,
+            statistics='',
         )
 
 
@@ -93,10 +100,12 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
         info = input_pipeline.dataset_info(config.dataset, config.seed)
     with user_errors('config'):
         clock = schedules.Clock(info.num_train, config.num_epochs, config.dataset.remainder)
+    with user_errors('config.batch'):
+        coupling = policies.coupling(config)
     with user_errors('config.learning_rate'):
         rate = schedules.LearningRate(
             schedules.effective_schedule(config.learning_rate, clock),
-            config.learning_rate.coupling,
+            coupling,
             config.learning_rate.reference_batch_size,
         )
     with user_errors('config.batch'):
@@ -104,7 +113,7 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
     with user_errors('config.batch'):
-        plan = _plan(clock, policy, rate, config.batch.max_per_device, group)
+        plan = _plan(clock, policy, rate, config.batch.max_per_device or policy.max_per_device, group)
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -127,6 +136,7 @@ def _plan(clock, policy, learning_rate, max_per_device, microbatch_multiple) -> 
         num_devices=jax.device_count(),
         max_per_device=max_per_device,
         microbatch_multiple=microbatch_multiple,
+        min_groups=2 if policy.statistics else 1,
         ladder=policy.ladder,
         planned=policy.planned,
     )

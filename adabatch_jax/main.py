@@ -100,7 +100,7 @@ def run(values: flags.FlagValues) -> int:
             workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
     if values.mode == 'plan':
         experiment = train.fitted(config)
-        terminal.print_plan(experiment.plan, experiment.normalised_over)
+        terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.policy.note)
         return 0
     if values.mode == 'eval':
         result = evaluate.evaluate_checkpoint(resolve(config), directory, values.checkpoint)

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from adabatch_jax import distributed, metrics, policies, schedules, steps, terminal, train_state
+from adabatch_jax import distributed, metrics, policies, schedules, steps, terminal, train_state, workdir
 from adabatch_jax.checkpoint import SaveFailed
 from adabatch_jax.config import changes, schedule_of
 from adabatch_jax.evaluate import evaluate
 from adabatch_jax.experiment import Experiment
+from adabatch_jax.host_state import HostState
 
+STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
 ALL_SKIPPED = {'loss': math.nan, 'accuracy': math.nan}  # of a window without an update that was made
 
 
@@ -37,55 +39,34 @@ class InFlight:
 class Run:
     """What the loop carries from one update to the next, and the effects at its edges.
 
-    The train state is on the devices; all else that a continued run needs is in ``host_state``.
+    The train state is on the devices; all else that a continued run needs is in ``host``.
     """
 
-    def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host=None):
-        host = host or {
-            'schedule': schedule_of(experiment.config),
-            'policy': experiment.policy.initial_state(),
-            'upcoming': None,
-            'stage': -1,
-            'batch_size': 0,
-            'window': {},
-            'observed': {},
-            'evaluation': None,
-            'best_accuracy': -1.0,
-            'counts': {'skipped': 0, 'skipped_in_a_row': 0, 'fall_backs': 0},
-            'seconds': {'wall': 0.0, 'train': 0.0, 'compile': 0.0},
-        }
+    def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host: HostState):
         self.experiment, self.clock = experiment, experiment.clock
         self.pipeline, self.writer, self.checkpointer = pipeline, writer, checkpointer
         self.state: train_state.TrainState = state
+        self.host = host
         self.step = int(state.step)  # updates dispatched
         self.examples_seen = self.previous = int(state.examples_seen)
-        self.policy_state: policies.State = host['policy']
-        self.stage: int = host['stage']
-        self.batch_size: int = host['batch_size']  # of that stage
-        self.window: dict[str, float] = host['window']  # sums since the last train record
-        self.observed: dict[str, Any] = host['observed']  # the last update whose sums were read
-        self.evaluation: dict[str, Any] | None = host['evaluation']
-        self.best_accuracy: float = host['best_accuracy']
-        self.counts: dict[str, int] = host['counts']  # of divergence and what was done about it
-        self.seconds: dict[str, float] = host['seconds']
-        self.began = time.perf_counter() - self.seconds['wall']
+        self.began = time.perf_counter() - host.seconds['wall']
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.step_fn: Callable | None = None
         self.batches: Iterator[Any] = iter(())
         self.num_parts = 1  # of a batch, one after the other in ``batches``
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
-        self.reason = ''  # why the upcoming update has its batch size
-        self.schedule_changes = changes(host['schedule'], schedule_of(experiment.config))
+        self.decision: policies.Decision | None = None  # of the upcoming update
+        now = schedule_of(experiment.config)
+        self.schedule_changes, host.schedule = changes(host.schedule, now), now
         if any(change.startswith('batch.') for change in self.schedule_changes):  # another ladder
-            self.policy_state = experiment.policy.initial_state()
+            host.policy = experiment.policy.initial_state()
         if self.step == 0 or self.schedule_changes:
             self.decide()
-        elif host['upcoming'] is not None:
-            self.reason = host['upcoming']['reason']
-            self.upcoming = self.clock.update_at(
-                host['upcoming']['start'], host['upcoming']['batch_size']
-            )
+        elif host.upcoming is not None:
+            decided = dict(host.upcoming)
+            self.upcoming = self.clock.update_at(decided.pop('start'), decided['batch_size'])
+            self.decision = policies.Decision(**decided)
         self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
 
     @property
@@ -127,30 +108,13 @@ class Run:
             self.display.say(f'epoch {self.epoch:.4g}: {reason}')
 
     def host_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the train state, in JSON types.
-
-        The upcoming update is part of it: it was decided one observation behind, and a continued
-        run must not decide it again with what has been observed since.
-        """
-        return {
-            'schedule': schedule_of(self.experiment.config),
-            'policy': self.policy_state,
-            'upcoming': self.upcoming
-            and {
-                'start': self.upcoming.start,
-                'batch_size': self.upcoming.batch_size,
-                'reason': self.reason,
-            },
-            'stage': self.stage,
-            'batch_size': self.batch_size,
-            'max_per_device': self.experiment.plan.largest_microbatch,
-            'window': self.window,
-            'observed': self.observed,
-            'evaluation': self.evaluation,
-            'best_accuracy': self.best_accuracy,
-            'counts': self.counts,
-            'seconds': self.seconds | {'wall': time.perf_counter() - self.began},
-        }
+        """What a checkpoint holds beside the train state, in JSON types."""
+        host = dataclasses.asdict(self.host)
+        host['max_per_device'] = self.experiment.plan.largest_microbatch
+        host['seconds']['wall'] = time.perf_counter() - self.began
+        upcoming = self.upcoming
+        host['upcoming'] = upcoming and {'start': upcoming.start, **dataclasses.asdict(self.decision)}
+        return host
 
     # ---------------------------------------------------------------------------- each update
 
@@ -158,9 +122,8 @@ class Run:
         """Chooses the update after the one that was dispatched last."""
 
         def batch_size_at(examples_seen: int) -> int:
-            decision = self.experiment.policy.decide(self.policy_state, examples_seen)
-            self.reason = decision.reason
-            return decision.batch_size
+            self.decision = self.experiment.policy.decide(self.host.policy, examples_seen)
+            return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
 
@@ -171,11 +134,16 @@ class Run:
         Its batch size differs, or the clock skips what is left of an epoch for a batch that does not
         fit: either way it takes another stream of batches.
         """
-        return self.upcoming.batch_size != self.batch_size or self.upcoming.start != self.examples_seen
+        return (
+            self.upcoming.batch_size != self.host.batch_size or self.upcoming.start != self.examples_seen
+        )
 
     def learning_rate(self, update: schedules.Update) -> float:
-        lowered = self.experiment.config.divergence.rate_factor ** self.counts['fall_backs']
-        return lowered * self.experiment.learning_rate(self.clock.epoch(update.start), update.batch_size)
+        lowered = self.experiment.config.divergence.rate_factor ** self.host.counts['fall_backs']
+        rate, epoch = self.experiment.learning_rate, self.clock.epoch(update.start)
+        if self.decision.gain is None:
+            return lowered * rate(epoch, update.batch_size)
+        return lowered * self.decision.gain * float(rate.effective_at(epoch))
 
     def dispatch(self) -> InFlight:
         """Starts the next update on the devices, without waiting for it."""
@@ -196,9 +164,9 @@ class Run:
         sums = jax.device_get(flight.sums)
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
-        self.seconds['train'] += seconds
-        self.window = metrics.add_sums(self.window, {'seconds': seconds})
-        self.observed = {
+        self.host.seconds['train'] += seconds
+        self.host.window = metrics.add_sums(self.host.window, {'seconds': seconds})
+        self.host.observed = {
             'step': flight.step,
             'examples_seen': flight.update.end,
             'learning_rate': flight.learning_rate,
@@ -206,22 +174,27 @@ class Run:
         if sums.pop('non_finite'):
             self.skip(flight, sums)
         else:
-            self.take_in(flight, sums)
+            self.take_in(flight, sums, seconds)
         if flight.step % self.experiment.config.log_every_steps == 0:
             self.write_window()
 
-    def take_in(self, flight: InFlight, sums: dict[str, Any]) -> None:
-        """Adds the sums of an update to the window, and shows the policy its loss."""
+    def take_in(self, flight: InFlight, sums: dict[str, Any], seconds: float) -> None:
+        """Adds the sums of an update to the window, and shows them to the policy."""
+        statistics = {name: float(sums.pop(name)) for name in STATISTICS if name in sums}
         left_out = flight.update.batch_size - sums['count']
-        self.window = metrics.add_sums(self.window, {**sums, 'left_out': left_out})
-        self.counts['skipped_in_a_row'] = 0
-        self.policy_state = self.experiment.policy.observe(
-            self.policy_state,
+        self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
+        if statistics and all(map(math.isfinite, statistics.values())):
+            self.host.window = metrics.add_sums(self.host.window, {**statistics, 'measured': 1})
+        self.host.counts['skipped_in_a_row'] = 0
+        self.host.policy = self.experiment.policy.observe(
+            self.host.policy,
             policies.Observation(
                 self.clock.epoch(flight.update.start),
                 flight.update.batch_size,
                 flight.learning_rate,
                 float(metrics.mean_metrics(sums)['loss']),
+                seconds,
+                **statistics,
             ),
         )
 
@@ -235,16 +208,16 @@ class Run:
         loss = metrics.mean_metrics(sums)['loss']
         what = f'loss {loss:.4g}' + (', gradient or weights not finite' if math.isfinite(loss) else '')
         where = (
-            f'update {flight.step}, stage {self.stage}, batch size {flight.update.batch_size}, '
+            f'update {flight.step}, stage {self.host.stage}, batch size {flight.update.batch_size}, '
             f'learning rate {flight.learning_rate:.6g}'
         )
-        self.counts['skipped_in_a_row'] += 1
-        if options.action != 'skip' or self.counts['skipped_in_a_row'] > options.max_skipped:
+        self.host.counts['skipped_in_a_row'] += 1
+        if options.action != 'skip' or self.host.counts['skipped_in_a_row'] > options.max_skipped:
             skipped = options.action == 'skip'
-            in_a_row = f', {self.counts["skipped_in_a_row"]} in a row' if skipped else ''
+            in_a_row = f', {self.host.counts["skipped_in_a_row"]} in a row' if skipped else ''
             raise Diverged(f'training diverged: {what} at {where}{in_a_row}')
-        self.counts['skipped'] += 1
-        self.window = metrics.add_sums(self.window, {'skipped': 1})
+        self.host.counts['skipped'] += 1
+        self.host.window = metrics.add_sums(self.host.window, {'skipped': 1})
         self.display.say(f'epoch {self.epoch:.4g}: skipped {where}: {what}')
 
     # ------------------------------------------------------------------- between the updates
@@ -272,15 +245,17 @@ class Run:
             self.batches = itertools.chain([next(batches)], batches)
             self.num_parts = spec.num_parts
             stall_seconds = time.perf_counter() - waiting_since
-        self.batch_size = update.batch_size
-        self.stage += new
-        self.seconds['compile'] += self.step_fn.compile_seconds
-        share = update.batch_size // self.experiment.plan.num_devices
+        if update.batch_size != self.host.batch_size:
+            self.keep_transition(update.batch_size)
+        self.host.batch_size = update.batch_size
+        self.host.stage += new
+        self.host.seconds['compile'] += self.step_fn.compile_seconds
+        share, reason = update.batch_size // self.experiment.plan.num_devices, self.decision.reason
         self.record(
             'stage',
             self.step,
             self.examples_seen,
-            stage=self.stage,
+            stage=self.host.stage,
             batch_size=update.batch_size,
             microbatch_size=share // spec.num_microbatches,
             num_microbatches=spec.num_microbatches,
@@ -289,14 +264,23 @@ class Run:
             stall_seconds=stall_seconds,
             cache_hit=self.step_fn.cache_hit,
             memory_bytes=self.step_fn.memory_bytes,
-            reason=self.reason if new else f'continued: {self.reason}',
+            reason=reason if new else f'continued: {reason}',
+            **({'inputs': self.decision.inputs} if self.decision.inputs else {}),
         )
         self.display.say(
-            f'epoch {self.epoch:.4g}: stage {self.stage}, batch size {update.batch_size}, learning '
-            f'rate {self.learning_rate(update):.5g} ({self.reason})'
+            f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {update.batch_size}, learning '
+            f'rate {self.learning_rate(update):.5g} ({reason})'
         )
         if self.experiment.config.compile.precompile:
             self.precompile()
+
+    def keep_transition(self, batch_size: int) -> None:
+        """Notes where a batch size begins, for the schedule that a replay follows."""
+        stages = self.host.stages
+        if stages and stages[-1]['examples_seen'] == self.examples_seen:  # decided anew, no update since
+            stages.pop()
+        decided = {'batch_size': batch_size, 'reason': self.decision.reason}
+        stages.append({'examples_seen': self.examples_seen, **decided})
 
     def precompile(self) -> None:
         """Starts compiling what comes after this stage, in the order in which it is needed."""
@@ -306,47 +290,53 @@ class Run:
             later = [t.batch_size for t in experiment.policy.transitions
                      if t.examples_seen > self.examples_seen]  # fmt: skip
         else:
-            later = [size for size in experiment.policy.ladder if size > self.batch_size][:1]
+            policy = experiment.policy
+            later = [size for size in policy.ladder if size > self.host.batch_size][:1]
+            if policy.may_shrink:
+                later += [size for size in policy.ladder if size < self.host.batch_size][-1:]
         for size in later:
             steps.CACHE.precompile(experiment.train_spec(size))
 
     def write_window(self) -> None:
         """Writes the ``train`` record of the updates since the last one, and shows it."""
-        if not self.window:
+        if not self.host.window:
             return
-        sums, self.window = self.window, {}
+        sums, self.host.window = self.host.window, {}
         fields = {
-            'batch_size': self.batch_size,
-            'learning_rate': self.observed['learning_rate'],
+            'batch_size': self.host.batch_size,
+            'learning_rate': self.host.observed['learning_rate'],
             **(metrics.mean_metrics(sums) if sums.get('count') else ALL_SKIPPED),
             'examples_per_second': sums.get('count', 0) / sums['seconds'],
         }
+        if measured := sums.get('measured'):
+            fields['gradient_variance'] = sums['variance'] / measured
+            fields['squared_gradient'] = sums['squared_gradient'] / measured
         # Images that could not be decoded, and updates that were skipped; only where there are any.
         exceptions = {k: round(sums[k]) for k in ('left_out', 'skipped') if sums.get(k)}
         self.record(
             'train',
-            self.observed['step'],
-            self.observed['examples_seen'],
-            stage=self.stage,
+            self.host.observed['step'],
+            self.host.observed['examples_seen'],
+            stage=self.host.stage,
             **fields,
             **exceptions,
         )
-        self.display.update(self.observed['examples_seen'], **fields)
+        self.display.update(self.host.observed['examples_seen'], **fields)
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
         with self.paused():
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
-        self.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
-        is_best = result['accuracy'] > self.best_accuracy
-        self.best_accuracy = max(self.best_accuracy, result['accuracy'])
+        self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
+        is_best = result['accuracy'] > self.host.best_accuracy
+        self.host.best_accuracy = max(self.host.best_accuracy, result['accuracy'])
         split = self.experiment.config.dataset.eval_split
         self.record('eval', self.step, self.examples_seen, split=split, **result)
         if not math.isfinite(result['loss']):  # of weights that are finite, but too large
             raise Diverged(
                 f'training diverged: {split} loss {result["loss"]} after update {self.step}, stage '
-                f'{self.stage}, batch size {self.batch_size}, learning rate '
-                f'{self.observed["learning_rate"]:.6g}'
+                f'{self.host.stage}, batch size {self.host.batch_size}, learning rate '
+                f'{self.host.observed["learning_rate"]:.6g}'
             )
         self.display.say(
             f'epoch {self.epoch:.4g}: {split} loss {result["loss"]:.4f}, accuracy '
@@ -358,8 +348,8 @@ class Run:
     def save(self) -> None:
         """Begins to save a checkpoint; training goes on while it is written."""
         with self.paused():
-            evaluated = self.evaluation is not None and self.evaluation['step'] == self.step
-            accuracy = self.evaluation['accuracy'] if evaluated else None
+            evaluated = self.host.evaluation is not None and self.host.evaluation['step'] == self.step
+            accuracy = self.host.evaluation['accuracy'] if evaluated else None
             try:
                 self.writer.sync()  # a run that goes on from a checkpoint finds the records before it
             except OSError as error:
@@ -377,20 +367,22 @@ class Run:
         """Evaluates and saves the end of the run unless that was done, and writes the summary."""
         with self.paused():
             self.write_window()
-        if self.evaluation is None or self.evaluation['step'] != self.step:
+        if self.host.evaluation is None or self.host.evaluation['step'] != self.step:
             self.evaluate()
         self.save()
         summary = {
             'updates': self.step,
             'wall_seconds': time.perf_counter() - self.began,
-            'train_seconds': self.seconds['train'],
-            'compile_seconds': self.seconds['compile'],
-            'final_accuracy': self.evaluation['accuracy'],
-            'best_accuracy': self.best_accuracy,
+            'train_seconds': self.host.seconds['train'],
+            'compile_seconds': self.host.seconds['compile'],
+            'final_accuracy': self.host.evaluation['accuracy'],
+            'best_accuracy': self.host.best_accuracy,
             'params_digest': train_state.params_digest(self.state),
         }
-        summary |= {key: n for key, n in self.counts.items() if n and key != 'skipped_in_a_row'}
+        summary |= {key: n for key, n in self.host.counts.items() if n and key != 'skipped_in_a_row'}
         self.checkpointer.wait()
+        if not self.experiment.policy.planned:
+            workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
         self.record('summary', self.step, self.examples_seen, **summary)
         try:
             self.writer.sync()

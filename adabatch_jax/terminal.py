@@ -28,12 +28,13 @@ def _range(start: float, end: float) -> str:
     return f'{start:.6g}' if start == end else f'{start:.6g} - {end:.6g}'
 
 
-def print_plan(plan: Plan, normalised_over: Callable[[Stage], int]) -> None:
+def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = '') -> None:
     """Prints every stage of a plan and its totals.
 
     Args:
       plan: of the run.
       normalised_over: examples that BatchNorm takes its statistics over in a stage; 0 for none.
+      note: what else there is to say.
     """
     clock = plan.clock
     table = _table('Plan', 'stage', 'epochs', 'batch', 'split', 'BatchNorm', 'updates', 'learning rate')
@@ -57,7 +58,9 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int]) -> None:
     )
     if not plan.planned:
         sizes = ', '.join(map(str, plan.ladder))
-        console.print(f'Batch sizes are decided during the run, from {sizes}; shown: no growth.')
+        console.print(f'Batch sizes are decided during the run, from {sizes}; shown: no change.')
+    if note:
+        console.print(note)
 
 
 def say(message: str) -> None:

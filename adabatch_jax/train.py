@@ -25,9 +25,10 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import SCHEDULE, resolve, user_errors
+from adabatch_jax.config import SCHEDULE, resolve, schedule_of, user_errors
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
+from adabatch_jax.host_state import HostState
 from adabatch_jax.run import Diverged, Run
 
 __all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
@@ -98,12 +99,12 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
         try:
             return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
-            size = run.upcoming.batch_size if run.upcoming else run.batch_size
+            size = run.upcoming.batch_size if run.upcoming else run.host.batch_size
             smaller = memory.smaller_microbatch(error, run.experiment, size)
             reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
             return None, dataclasses.replace(attempt, max_per_device=smaller, reason=reason)
         except Diverged as error:
-            options, fall_backs = config.divergence, run.counts['fall_backs'] + 1
+            options, fall_backs = config.divergence, run.host.counts['fall_backs'] + 1
             if options.action != 'fall_back' or fall_backs > options.max_fall_backs:
                 raise
             lowered = f'effective learning rate x {options.rate_factor**fall_backs:g}'
@@ -191,14 +192,21 @@ def open_run(
             stack.enter_context(contextlib.closing(writer))
             saver = checkpoint.Checkpointer(folder, terminal.say)
             stack.enter_context(contextlib.closing(saver))
-        run = Run(experiment, pipeline, writer, saver, state, host)
+        run = Run(experiment, pipeline, writer, saver, state, _host_state(experiment, host))
         if attempt.fall_backs is not None:
-            run.counts['fall_backs'] = attempt.fall_backs
+            run.host.counts['fall_backs'] = attempt.fall_backs
         if config.compile.precompile and run.upcoming:
             steps.CACHE.precompile(experiment.train_spec(run.upcoming.batch_size))
         stack.enter_context(run.display)
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
+
+
+def _host_state(experiment: Experiment, saved: dict[str, Any] | None) -> HostState:
+    if saved is None:
+        return HostState(schedule_of(experiment.config), experiment.policy.initial_state())
+    names = {field.name for field in dataclasses.fields(HostState)}
+    return HostState(**{name: value for name, value in saved.items() if name in names})
 
 
 def _kept_microbatch(config, host: dict[str, Any] | None) -> int | None:

@@ -7,11 +7,13 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 
-from adabatch_jax import checkpoint, metrics
+from adabatch_jax import checkpoint, metrics, policies
 from adabatch_jax.config import SCHEDULE, ConfigError, differences, from_json, resolve, to_json
+from adabatch_jax.experiment import Experiment
 from adabatch_jax.schedules import Plan
 
 try:
@@ -20,6 +22,7 @@ except ImportError:  # Windows: work directories are not locked there
     fcntl = None
 
 CONFIG_FILE, PLAN_FILE, LOCK_FILE = 'config.json', 'plan.json', '.lock'
+SCHEDULE_FILE = policies.replay.FILE
 
 
 def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -140,6 +143,28 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
         _write(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
+
+
+def write_schedule(
+    experiment: Experiment, stages: list[dict[str, Any]], workdir: str | os.PathLike
+) -> None:
+    """Writes the batch sizes that a run decided on, for policy ``replay``.
+
+    Args:
+      experiment: of the run.
+      stages: ``examples_seen``, ``batch_size`` and ``reason`` of each change of the batch size.
+      workdir: the run's work directory.
+    """
+    schedule = {
+        'policy': experiment.config.batch.policy,
+        'num_examples': experiment.clock.num_examples,
+        'num_epochs': experiment.clock.num_epochs,
+        'coupling': experiment.learning_rate.coupling,
+        'statistics': experiment.policy.statistics,
+        'max_per_device': experiment.plan.largest_microbatch,
+        'stages': stages,
+    }
+    _write(pathlib.Path(workdir, SCHEDULE_FILE), json.dumps(schedule, indent=2) + '\n')
 
 
 def _advice(differing: list[str]) -> str:

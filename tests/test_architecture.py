@@ -22,10 +22,12 @@ ALLOWED = {
     'steps': {'compilation_cache', 'train_state', 'gradient_statistics', 'metrics'},
     'input_pipeline': {'distributed'},
     'terminal': {'schedules'},
-    'workdir': {'config', 'checkpoint', 'metrics', 'schedules'},
+    'host_state': set(),
+    'workdir': {'config', 'checkpoint', 'experiment', 'metrics', 'policies', 'schedules'},
     'experiment': {
         'config', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules', 'steps',
     },
+    'gradient_statistics': set(),
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

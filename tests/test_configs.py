@@ -82,7 +82,8 @@ def test_every_variant_has_a_plan_and_a_matched_control(name, planned):
         'linear': lambda b: b / config.learning_rate.reference_batch_size,
         'sqrt': lambda b: math.sqrt(b / config.learning_rate.reference_batch_size),
         'none': lambda b: 1,
-    }[config.learning_rate.coupling]
+    }[adaptive.learning_rate.coupling]
+    assert adaptive.learning_rate.coupling == control.learning_rate.coupling
     for stage in adaptive.stages:
         epoch, size = adaptive.clock.epoch(stage.start), control.stages[0].batch_size
         fixed = control.learning_rate(epoch, size)

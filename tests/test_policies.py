@@ -16,7 +16,7 @@ def make(num_examples=50_000, remainder='drop', **changes):
     clock = schedules.Clock(num_examples, config.num_epochs, config.dataset.remainder)
     rate = schedules.LearningRate(
         schedules.effective_schedule(config.learning_rate, clock),
-        config.learning_rate.coupling,
+        policies.coupling(config),
         config.learning_rate.reference_batch_size,
     )
     policy = policies.create(config, rate, clock)
@@ -218,5 +218,5 @@ def test_plateau_state_is_plain_json():
 
 
 def test_unknown_policy_lists_what_exists():
-    with pytest.raises(ValueError, match="got 'adabtach'; accepted: adabatch, fixed"):
+    with pytest.raises(ValueError, match="got 'adabtach'; accepted: adabatch, adascale, .*, fixed"):
         make(**{'batch.policy': 'adabtach'})

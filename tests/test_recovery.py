@@ -28,7 +28,7 @@ def broken_rate(monkeypatch):
 
         def learning_rate(self, update):
             rate = original(self, update)
-            return np.inf if self.step in steps and not self.counts['fall_backs'] else rate
+            return np.inf if self.step in steps and not self.host.counts['fall_backs'] else rate
 
         monkeypatch.setattr(run.Run, 'learning_rate', learning_rate)
 

@@ -1,14 +1,26 @@
-"""Batch-size policies by name. One file each: formula, assumptions and source in its docstring.
+"""What decides the batch size of each update: one file a policy.
 
-To add one, write ``create(config, rate, clock)`` in a file of its own and name it in ``POLICIES``.
+All choose from a ladder, a finite set of batch sizes known before training, so that the number of
+compiled steps stays bounded.
 """
 
 from adabatch_jax.policies import (
     adabatch,
+    adascale,
+    big_batch,
+    cabs,
     fixed,
     friedlander_schmidt,
+    goodput,
+    gradient_diversity,
     increase_dont_decay,
+    inner_product,
+    noise_scale,
+    norm_test,
     plateau,
+    replay,
+    seesaw,
+    simigrad,
     stages,
 )
 from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, Policy, State
@@ -21,17 +33,33 @@ __all__ = [
     'PlannedPolicy',
     'Policy',
     'State',
+    'coupling',
     'create',
 ]
 
 POLICIES = {
-    'fixed': fixed.create,
-    'adabatch': adabatch.create,
-    'stages': stages.create,
-    'plateau': plateau.create,
-    'increase_dont_decay': increase_dont_decay.create,
-    'friedlander_schmidt': friedlander_schmidt.create,
+    module.__name__.rpartition('.')[2]: module
+    for module in (
+        adabatch,
+        adascale,
+        big_batch,
+        cabs,
+        fixed,
+        friedlander_schmidt,
+        goodput,
+        gradient_diversity,
+        increase_dont_decay,
+        inner_product,
+        noise_scale,
+        norm_test,
+        plateau,
+        replay,
+        seesaw,
+        simigrad,
+        stages,
+    )
 }
+ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
 
 def create(config, rate: LearningRate, clock: Clock) -> Policy:
@@ -40,6 +68,28 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
     Raises:
       ValueError: an unknown name, or settings with which the policy could not do its work.
     """
+    policy = _module(config).create(config, rate, clock)
+    if config.batch.gradient_statistics and not policy.statistics:
+        policy.statistics = 'norms'
+    return policy
+
+
+def coupling(config) -> str:
+    """``config.learning_rate.coupling``, or where that is ``'auto'`` the policy's own.
+
+    A linear coupling becomes ``'sqrt'`` for optimizers of the Adam type (Malladi et al., "On the SDEs
+    and Scaling Rules for Adaptive Gradient Algorithms", 2022), whose steps do not grow with the
+    gradient.
+    """
+    if config.learning_rate.coupling != 'auto':
+        return config.learning_rate.coupling
+    if config.batch.policy == 'replay':
+        return replay.load(config.batch.replay)['coupling']
+    own = _module(config).COUPLING
+    return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
+
+
+def _module(config):
     if config.batch.policy not in POLICIES:
         raise ValueError(f'policy: got {config.batch.policy!r}; accepted: {", ".join(sorted(POLICIES))}')
-    return POLICIES[config.batch.policy](config, rate, clock)
+    return POLICIES[config.batch.policy]

@@ -9,6 +9,8 @@ the decay of the effective learning rate, which is what this project's configs s
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
 from adabatch_jax.schedules import Clock, LearningRate, grow_at
 
+COUPLING = 'linear'
+
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """Grows by ``batch.growth_factor`` every ``batch.growth_epochs`` up to ``batch.max_size``.

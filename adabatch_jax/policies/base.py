@@ -1,6 +1,7 @@
 """What a batch-size policy is: decisions from observations, with a state that can be saved."""
 
 import dataclasses
+import math
 from typing import Any
 
 from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
@@ -17,20 +18,40 @@ class Observation:
       batch_size: examples of the update.
       learning_rate: its learning rate.
       loss: mean training loss over its examples, before the update.
+      seconds: wall time from the end of the update before to its own end.
+      variance: estimate of tr(Sigma), the variance of the gradients of single examples; this and what
+        follows where the policy asks for ``statistics``, else not a number.
+      squared_gradient: estimate of ``|G|^2``, of the mean gradient without its noise; may be negative.
+      variance_along: estimate of the variance of single examples' gradients times the batch's.
+      squared_norm: of the batch's own gradient.
     """
 
     epoch: float
     batch_size: int
     learning_rate: float
     loss: float
+    seconds: float = math.nan
+    variance: float = math.nan
+    squared_gradient: float = math.nan
+    variance_along: float = math.nan
+    squared_norm: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """The batch size to use next, and why, in words for the ``stage`` record."""
+    """The batch size to use next, and why.
+
+    Attributes:
+      batch_size: in examples.
+      reason: in words, for the ``stage`` record.
+      inputs: the numbers that it rests on, for the same record.
+      gain: what the effective learning rate is multiplied by; None for the coupling's factor.
+    """
 
     batch_size: int
     reason: str
+    inputs: dict[str, float] = dataclasses.field(default_factory=dict)
+    gain: float | None = None
 
 
 class Policy:
@@ -44,11 +65,20 @@ class Policy:
       transitions: the stages known in advance, the first of them at 0 examples seen.
       ladder: every batch size that ``decide`` may return, sorted.
       planned: whether ``transitions`` are all there will be.
+      may_shrink: whether a decision may go down the ladder.
+      statistics: which statistics of the gradients it observes: none (``''``), ``'norms'`` (``variance``
+        and ``squared_gradient``) or ``'inner_products'`` (all).
+      max_per_device: largest microbatch, where the policy has to have one; 0 where it does not matter.
+      note: a sentence about it for people who read the plan.
     """
 
     transitions: tuple[Transition, ...]
     ladder: tuple[int, ...]
     planned: bool
+    may_shrink = False
+    statistics = ''
+    max_per_device = 0
+    note = ''
 
     def initial_state(self) -> State:
         """The state before the first update."""
@@ -86,13 +116,20 @@ def check_grows(sizes, batch) -> None:
         )
 
 
-def ladder_from(batch, clock: Clock) -> tuple[int, ...]:
+def ladder_from(batch, clock: Clock, min_size: int = 0) -> tuple[int, ...]:
     """``batch.base_size`` times powers of ``batch.growth_factor``, up to ``batch.max_size``.
 
-    Without a ceiling (0) up to the largest power that the data set holds.
+    Without a ceiling (0) up to the largest power that the data set holds. With a ``min_size`` the ladder
+    begins there, and ``batch.base_size`` has to be on it.
     """
-    rungs = ladder(batch.base_size, batch.growth_factor, batch.max_size or clock.num_examples)
+    lowest = min_size or batch.base_size
+    rungs = ladder(lowest, batch.growth_factor, batch.max_size or clock.num_examples)
     if not batch.max_size and len(rungs) > 1 and grow(rungs[-2], batch.growth_factor) > rungs[-1]:
         rungs = rungs[:-1]  # the size of the data set is no power
     check_grows(rungs, batch)
+    if batch.base_size not in rungs:
+        raise ValueError(
+            f'base_size: got {batch.base_size}, which growth by {batch.growth_factor:g} from min_size '
+            f'{min_size} does not meet; accepted: {", ".join(map(str, rungs))}'
+        )
     return rungs

@@ -3,6 +3,8 @@
 from adabatch_jax.policies.base import PlannedPolicy
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
+COUPLING = 'linear'
+
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """``batch.base_size`` throughout; with the same effective rate it matches any other policy."""

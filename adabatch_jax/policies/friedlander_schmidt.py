@@ -12,6 +12,8 @@ from fractions import Fraction
 from adabatch_jax.policies.base import PlannedPolicy, ladder_from
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
+COUPLING = 'none'
+
 
 def next_sample(sample: int, factor: float, limit: int) -> int:
     """``min(ceil(factor * sample + 1), limit)`` in exact arithmetic.

@@ -14,6 +14,8 @@ from fractions import Fraction
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
 from adabatch_jax.schedules import Clock, LearningRate, decay_events, grow_at
 
+COUPLING = 'linear'
+
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """Grows by ``1 / learning_rate.decay_factor`` at the decay epochs of the step schedule.

@@ -8,6 +8,8 @@ training loss over all of its examples.
 from adabatch_jax.policies.base import Decision, Observation, Policy, State, ladder_from
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
+COUPLING = 'linear'
+
 
 class PlateauPolicy(Policy):
     """Grows by one rung after ``patience`` epochs without a relative fall of ``min_improvement``.

@@ -5,6 +5,8 @@ import math
 from adabatch_jax.policies.base import PlannedPolicy
 from adabatch_jax.schedules import Clock, LearningRate, Transition, check_transitions
 
+COUPLING = 'linear'
+
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """``batch.stages = ((start epoch, batch size), ...)`` with rising starts, the first at 0.

@@ -49,6 +49,7 @@ class Plan:
       planned: whether the policy's stages are all known in advance.
       max_per_device: largest microbatch of one device; 0 for no limit.
       microbatch_multiple: what every microbatch is a multiple of.
+      min_groups: in how many parts, devices and microbatches, every batch comes at least.
     """
 
     clock: Clock
@@ -59,6 +60,7 @@ class Plan:
     planned: bool
     max_per_device: int = 0
     microbatch_multiple: int = 1
+    min_groups: int = 1
 
     @property
     def num_updates(self) -> int:
@@ -66,7 +68,13 @@ class Plan:
 
     def split(self, batch_size: int) -> tuple[int, int]:
         """``(microbatch_size, num_microbatches)`` of a batch size, as ``split_batch`` says."""
-        return split_batch(batch_size, self.num_devices, self.max_per_device, self.microbatch_multiple)
+        return split_batch(
+            batch_size,
+            self.num_devices,
+            self.max_per_device,
+            self.microbatch_multiple,
+            self.min_groups,
+        )
 
     @property
     def largest_microbatch(self) -> int:
@@ -117,7 +125,11 @@ class Plan:
 
 
 def split_batch(
-    batch_size: int, num_devices: int, max_per_device: int = 0, multiple_of: int = 1
+    batch_size: int,
+    num_devices: int,
+    max_per_device: int = 0,
+    multiple_of: int = 1,
+    min_groups: int = 1,
 ) -> tuple[int, int]:
     """Returns ``(microbatch_size, num_microbatches)``: the fewest equal microbatches that fit.
 
@@ -126,6 +138,7 @@ def split_batch(
       num_devices: devices over all processes.
       max_per_device: largest microbatch of one device; 0 for no limit.
       multiple_of: what a microbatch has to be a multiple of, such as the groups of ghost BatchNorm.
+      min_groups: microbatches over all devices that there have to be.
 
     Raises:
       ValueError: there is no such split.
@@ -139,14 +152,16 @@ def split_batch(
         )
     per_device = batch_size // num_devices
     fewest = math.ceil(per_device / max_per_device) if max_per_device else 1
+    fewest = max(fewest, math.ceil(min_groups / num_devices))
     for num_microbatches in range(fewest, per_device // multiple_of + 1):
         if per_device % (num_microbatches * multiple_of) == 0:
             return per_device // num_microbatches, num_microbatches
+    in_two = '; gradient statistics need two parts' if min_groups > 1 else ''
     at_most = f' of at most {max_per_device} examples' if max_per_device else ''
     raise ValueError(
         f'batch size {batch_size} on {num_devices} devices: got {per_device} examples a device, which '
-        f'do not divide into microbatches{at_most} that are multiples of {multiple_of} (the groups of '
-        'model.batch_norm)'
+        f'do not divide into {fewest} or more microbatches{at_most} that are multiples of {multiple_of} '
+        f'(the groups of model.batch_norm{in_two})'
     )
 
 
@@ -158,6 +173,7 @@ def make_plan(
     num_devices: int = 1,
     max_per_device: int = 0,
     microbatch_multiple: int = 1,
+    min_groups: int = 1,
     ladder: Iterable[int] = (),
     planned: bool = True,
 ) -> Plan:
@@ -170,6 +186,7 @@ def make_plan(
       num_devices: devices over all processes.
       max_per_device: largest microbatch of one device; 0 for no limit.
       microbatch_multiple: what every microbatch has to be a multiple of.
+      min_groups: microbatches over all devices that every batch comes in at least.
       ladder: further batch sizes that decisions during the run may choose.
       planned: whether ``transitions`` are all there will be.
 
@@ -187,7 +204,7 @@ def make_plan(
             )
 
     def split(size):
-        return split_batch(size, num_devices, max_per_device, microbatch_multiple)
+        return split_batch(size, num_devices, max_per_device, microbatch_multiple, min_groups)
 
     for size in sizes:
         split(size)
@@ -204,6 +221,7 @@ def make_plan(
         planned,
         max_per_device,
         microbatch_multiple,
+        min_groups,
     )
 
 

@@ -1,0 +1,45 @@
+"""What a checkpoint holds of a run beside the train state."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class HostState:
+    """The part of a run that the training loop keeps on the host, in JSON types.
+
+    Attributes:
+      schedule: keys and values of the config that a run may be continued with others of.
+      policy: the policy's state.
+      max_per_device: the largest microbatch in use.
+      upcoming: the next update, None where there is none: ``start``, ``batch_size``, and the ``reason``,
+        ``inputs`` and ``gain`` of the decision. It was decided one observation behind, and a continued
+        run must not decide it again with what has been observed since.
+      stage: number of the present stage; -1 before the first.
+      batch_size: of that stage.
+      stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
+      window: sums since the last ``train`` record.
+      observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
+      evaluation: the last one: ``step`` and ``accuracy``.
+      best_accuracy: of all evaluations.
+      counts: of divergence and what was done about it.
+      seconds: ``wall``, ``train`` and ``compile``, from the beginning of the run.
+    """
+
+    schedule: dict[str, Any]
+    policy: dict[str, Any]
+    max_per_device: int = 0
+    upcoming: dict[str, Any] | None = None
+    stage: int = -1
+    batch_size: int = 0
+    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    window: dict[str, float] = dataclasses.field(default_factory=dict)
+    observed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    best_accuracy: float = -1.0
+    counts: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {'skipped': 0, 'skipped_in_a_row': 0, 'fall_backs': 0}
+    )
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {'wall': 0.0, 'train': 0.0, 'compile': 0.0}
+    )

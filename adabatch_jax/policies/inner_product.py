@@ -1,0 +1,45 @@
+"""The inner product test: the step goes downhill, whatever its error to the side.
+
+Bollapragada, Byrd and Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", 2018: with
+the gradient ``G_B`` of the batch, the variance of ``g_i' G_B`` over examples i has to stay below
+``theta^2 B |G_B|^4``. That allows far smaller batches than the norm test, which counts noise in all
+directions. The augmented test also keeps the noise orthogonal to ``G_B`` below ``nu^2 B |G_B|^2``. The
+batch never shrinks.
+"""
+
+from adabatch_jax.policies.base import Observation, State
+from adabatch_jax.policies.statistical import StatisticalPolicy, quotient
+
+COUPLING = 'none'
+
+
+class InnerProduct(StatisticalPolicy):
+    """The larger of what the two tests ask for, rounded up to a rung; ``nu = 0``: the first only."""
+
+    statistics = 'inner_products'
+    may_shrink = False
+    rounds_up = True
+
+    def __init__(self, config, clock):
+        super().__init__(config, clock)
+        self.theta, self.nu = config.batch.inner_product.theta, config.batch.inner_product.nu
+
+    def quantities(self, observation: Observation) -> dict[str, float]:
+        return {
+            'variance': observation.variance,
+            'variance_along': observation.variance_along,
+            'squared_norm': observation.squared_norm,
+        }
+
+    def wanted(self, averages: dict[str, float], state: State) -> float:
+        along, squared_norm = averages['variance_along'], averages['squared_norm']
+        size = quotient(along, self.theta**2 * squared_norm**2)
+        if not self.nu:
+            return size
+        orthogonal = averages['variance'] - quotient(along, squared_norm)
+        return max(size, quotient(orthogonal, self.nu**2 * squared_norm))
+
+
+def create(config, rate, clock) -> InnerProduct:
+    """Ladder from ``batch.base_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
+    return InnerProduct(config, clock)

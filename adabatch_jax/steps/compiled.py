@@ -1,0 +1,185 @@
+"""Compiled steps, and their cache by what shapes them."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adabatch_jax import compilation_cache, train_state
+from adabatch_jax.steps.pure import (
+    AXIS_NAME,
+    StepSpec,
+    accumulate,
+    apply_gradients,
+    eval_step,
+    train_step,
+    zero_totals,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """An executable step and what it took to get it.
+
+    Attributes:
+      executable: call it with arrays of the step's shapes; a train step donates its state.
+      compile_seconds: seconds of tracing and compiling.
+      cache_hit: whether XLA had nothing to compile: the step was in the persistent cache, or in
+        use in this process before.
+      memory_bytes: memory of one device while the step runs: arguments, results and temporaries;
+        0 where the backend does not tell.
+    """
+
+    executable: Callable
+    compile_seconds: float
+    cache_hit: bool
+    memory_bytes: int
+
+    def __call__(self, *args):
+        return self.executable(*args)
+
+
+def _pmap(fn, in_axes, out_axes=None, donate=()):
+    return jax.pmap(fn, AXIS_NAME, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+
+
+def _shapes(spec: StepSpec) -> tuple:
+    """The shapes of a step's arguments; of the batch those of one part."""
+    devices = jax.device_count()
+    per_device = spec.batch_size // devices // spec.num_parts
+
+    def shape(dtype, *dims):
+        return jax.ShapeDtypeStruct((devices, per_device, *dims), dtype)
+
+    batch = {'image': shape(jnp.uint8, *spec.image_shape), 'label': shape(jnp.int32)}
+    state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
+    if not spec.train:
+        return state.variables, {**batch, 'mask': shape(jnp.float32)}
+    scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
+    return state, batch, *scalars
+
+
+class AccumulatingStep:
+    """A train step whose batch comes in parts: the host adds them up, then the update is made.
+
+    It takes an iterable of parts in place of the batch, and asks for a part only when the one before
+    the last is done, so that memory holds a few parts however many there are.
+    """
+
+    def __init__(self, spec: StepSpec):
+        state, batch, *scalars = _shapes(spec)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        totals = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype),
+            jax.eval_shape(functools.partial(zero_totals, spec), state),
+        )
+
+        def add(state, totals, batch, first_microbatch):
+            totals = accumulate(spec, state, totals, batch, first_microbatch)
+            return totals, totals[2]['count'] + 0  # a copy to wait for: the totals are given away
+
+        zero = _pmap(
+            lambda state, _: zero_totals(spec, state), (None, 0), 0
+        )  # pmap wants an axis to map
+        add = _pmap(add, (None, 0, 0, None), 0, donate=1)
+        apply = _pmap(functools.partial(apply_gradients, spec), (None, 0, None, None), donate=0)
+        self._microbatches = spec.num_microbatches // spec.num_parts
+        self._devices = np.arange(jax.device_count(), dtype=np.int32)
+        self._zero = zero.lower(state, self._devices).compile()
+        self._add = add.lower(state, totals, batch, index).compile()
+        self._apply = apply.lower(state, totals, *scalars).compile()
+        self.memory_bytes = max(_memory_bytes(step) for step in (self._add, self._apply))
+
+    def __call__(self, state, parts, learning_rate, examples_seen):
+        totals, before = self._zero(state, self._devices), None
+        for k, part in enumerate(parts):
+            totals, done = self._add(state, totals, part, np.int32(k * self._microbatches))
+            jax.block_until_ready(before)
+            before = done
+        return self._apply(state, totals, learning_rate, examples_seen)
+
+
+def _memory_bytes(executable) -> int:
+    """Memory of one device while an executable runs, 0 where that is not told."""
+    if isinstance(executable, AccumulatingStep):
+        return executable.memory_bytes
+    memory = executable.memory_analysis()
+    if memory is None:
+        return 0
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def compile_step(spec: StepSpec) -> CompiledStep:
+    """Lowers and compiles a step ahead of time, without running it."""
+    start = time.perf_counter()
+    before = compilation_cache.counts()
+    if not spec.train:
+        step = _pmap(functools.partial(eval_step, spec), (None, 0))
+    else:
+        step = _pmap(functools.partial(train_step, spec), (None, 0, None, None), donate=0)
+    in_parts = spec.num_parts > 1
+    executable = AccumulatingStep(spec) if in_parts else step.lower(*_shapes(spec)).compile()
+    hits, misses = (b - a for a, b in zip(before, compilation_cache.counts(), strict=True))
+    memory_bytes = _memory_bytes(executable)
+    seconds = time.perf_counter() - start
+    return CompiledStep(executable, seconds, hits > 0 and misses == 0, memory_bytes)
+
+
+class StepCache:
+    """Compiled steps by their spec; each is compiled once, on a background thread.
+
+    One for the process (``CACHE``) is enough: a run that continues in the same process finds its
+    steps there.
+    """
+
+    def __init__(self, compile_step: Callable[[StepSpec], CompiledStep] = compile_step):
+        self._compile_step = compile_step
+        self._futures: dict[StepSpec, concurrent.futures.Future] = {}
+        self._used: set[StepSpec] = set()
+        self._lock = threading.Lock()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='compile')
+        self.num_compiles = 0
+
+    def precompile(self, spec: StepSpec) -> concurrent.futures.Future:
+        """Starts compiling a step unless that has been done or has begun."""
+        with self._lock:
+            future = self._futures.get(spec)
+            failed = future is not None and future.done() and future.exception() is not None
+            if future is None or failed:
+                self.num_compiles += 1
+                future = self._futures[spec] = self._executor.submit(self._compile_step, spec)
+            return future
+
+    def get(self, spec: StepSpec) -> CompiledStep:
+        """The step, waited for where necessary.
+
+        The first call for a spec tells what compiling took; for later ones nothing was compiled.
+
+        Raises:
+          Exception: what compiling raised.
+        """
+        step = self.precompile(spec).result()
+        with self._lock:
+            if spec in self._used:
+                return dataclasses.replace(step, compile_seconds=0.0, cache_hit=True)
+            self._used.add(spec)
+        return step
+
+    def cancel_waiting(self) -> None:
+        """Gives up what has not begun to compile, so that a process need not wait for it to end."""
+        with self._lock:
+            self._futures = {s: f for s, f in self._futures.items() if not f.cancel()}
+
+
+CACHE = StepCache()

@@ -1,0 +1,160 @@
+"""Whole runs whose batch sizes are decided by statistics: records, replay, kills, one device."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from fault_child import POINTS
+from test_train import StopAt, of_kind, tiny, without_times
+
+from adabatch_jax import train
+from adabatch_jax.config import ConfigError
+
+CONFIG = {
+    'num_epochs': 4.0,
+    'batch.policy': 'noise_scale',
+    'batch.max_size': 32,
+    'batch.noise_scale.scale': 1000.0,
+    'batch.statistics.decision_epochs': 0.3,
+    'batch.statistics.decay': 0.9,
+}
+
+
+@pytest.fixture(scope='module')
+def decided(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('decided')
+    return directory, train.train(tiny(**CONFIG), directory)
+
+
+def test_decisions_are_stage_records_with_their_inputs_and_a_reason_in_words(decided):
+    directory, _ = decided
+    first, *later = of_kind(directory, 'stage')
+    assert 'inputs' not in first and [s['batch_size'] for s in later] == [16, 32]
+    for stage in later:
+        inputs = stage['inputs']
+        assert 'NoiseScale asks for' in stage['reason']
+        if inputs['wanted'] is not None:
+            ratio = inputs['variance'] / inputs['squared_gradient']
+            assert inputs['wanted'] == pytest.approx(1000 * ratio)
+    records = of_kind(directory, 'train')
+    assert all(r['gradient_variance'] > 0 for r in records)
+
+
+def test_a_finished_run_replays_to_the_same_weights(decided, tmp_path):
+    directory, summary = decided
+    config = tiny(**CONFIG | {'batch.policy': 'replay', 'batch.replay': str(directory)})
+    plan = train.plan(config)
+    stages = of_kind(directory, 'stage')
+    assert plan.planned and [s.batch_size for s in plan.stages] == [s['batch_size'] for s in stages]
+    assert [s.start for s in plan.stages] == [s['examples_seen'] for s in stages]
+    again = train.train(config, tmp_path)
+    assert again['params_digest'] == summary['params_digest']
+    assert not (tmp_path / 'schedule.json').exists()
+    replayed = of_kind(tmp_path, 'stage')
+    assert [s['microbatch_size'] for s in replayed] == [s['microbatch_size'] for s in stages]
+
+
+def test_a_schedule_that_is_none_or_of_other_data_is_a_mistake(decided, tmp_path):
+    replay = {'batch.policy': 'replay', 'batch.replay': str(tmp_path)}
+    with pytest.raises(ConfigError, match=r'config.batch.replay: got .*; accepted: the work directory'):
+        train.plan(tiny(**replay))
+    (tmp_path / 'schedule.json').write_text('{"stages": [{}]}')
+    with pytest.raises(ConfigError, match='is not the schedule of a run'):
+        train.plan(tiny(**replay))
+    other = {'batch.policy': 'replay', 'batch.replay': str(decided[0]), 'dataset.num_examples': 99}
+    with pytest.raises(ConfigError, match='had 100 training examples, this one has 99'):
+        train.plan(tiny(**other))
+
+
+@pytest.mark.parametrize('policy', ['noise_scale', 'adascale'])
+def test_a_run_stopped_anywhere_decides_as_one_that_was_not(policy, tmp_path):
+    changes = CONFIG | {'batch.policy': policy, 'learning_rate.reference_batch_size': 4}
+    ends = [train.train(tiny(**changes), tmp_path / 'whole')]
+    for n in (2, 9, 7):  # updates until the next stop
+        with pytest.raises(train.Preempted):
+            train.train(tiny(**changes), tmp_path / 'stopped', StopAt(n))
+    ends.append(train.train(tiny(**changes), tmp_path / 'stopped'))
+    assert ends[0]['params_digest'] == ends[1]['params_digest']
+    whole, stopped = (
+        [s for s in without_times(of_kind(tmp_path / name, 'stage')) if 'continued' not in s['reason']]
+        for name in ('whole', 'stopped')
+    )
+    assert whole == stopped
+
+
+KILLED_AT = (
+    'an update is on the devices',
+    'an update was seen',
+    'a stage is about to begin',
+    'a stage has begun',
+    'a checkpoint is committed',
+    'a checkpoint is being written',
+)
+
+
+def command(directory, *start):
+    overrides = ['--config.batch.policy=noise_scale', '--config.batch.max_size=32']
+    overrides += [
+        '--config.batch.noise_scale.scale=1000',
+        '--config.batch.statistics.decision_epochs=0.3',
+    ]
+    config = f'--config={ROOT / "tests/small_run.py"}'
+    return [sys.executable, *start, config, f'--workdir={directory}', *overrides]
+
+
+def run(arguments):
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': '2', 'PYTHONPATH': str(ROOT)}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+
+
+def test_a_run_killed_again_and_again_makes_the_same_decisions(tmp_path):
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    assert run(command(whole, '-m', 'adabatch_jax.main')).returncode == 0
+    points = random.Random(0).sample(KILLED_AT, 4)
+    assert set(points) <= set(POINTS)
+    for n, point in enumerate(points, 2):
+        result = run(command(killed, 'tests/fault_child.py', 'SIGKILL', point, str(n)))
+        assert result.returncode in (0, -signal.SIGKILL)
+    assert run(command(killed, '-m', 'adabatch_jax.main')).returncode == 0
+    ends = [of_kind(directory, 'summary')[-1]['params_digest'] for directory in (whole, killed)]
+    assert ends[0] == ends[1]
+    schedules = [json.loads((d / 'schedule.json').read_text()) for d in (whole, killed)]
+    assert schedules[0] == schedules[1] and len(schedules[0]['stages']) > 1
+
+
+def test_with_one_group_the_step_splits_the_batch_in_two(tmp_path):
+    code = (
+        'from test_train import tiny; from adabatch_jax import train; '
+        'changes = {"batch.policy": "noise_scale", "batch.base_size": 8, "batch.max_size": 16}; '
+        'print([train.plan(tiny(**changes)).split(n) for n in (8, 16)], '
+        'train.plan(tiny()).split(8))'
+    )
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT / 'tests')}
+    result = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == '[(4, 2), (8, 2)] (8, 1)', result.stderr
+
+
+def test_any_policy_can_have_its_run_measured(tmp_path):
+    config = tiny(**{'batch.gradient_statistics': True, 'num_epochs': 0.5})
+    train.train(config, tmp_path)
+    for record in of_kind(tmp_path, 'train'):
+        assert record['gradient_variance'] > 0 and 'squared_gradient' in record
+
+
+def test_adascale_trains_with_rates_between_those_of_the_two_batch_sizes(tmp_path):
+    changes = {
+        'batch.policy': 'adascale',
+        'batch.base_size': 16,
+        'learning_rate.reference_batch_size': 4,
+    }
+    config = tiny(**changes, **{'learning_rate.schedule': 'constant', 'num_epochs': 1.0})
+    train.train(config, tmp_path)
+    rates = [r['learning_rate'] for r in of_kind(tmp_path, 'train')]
+    assert all(0.02 < rate <= 0.08 for rate in rates)
