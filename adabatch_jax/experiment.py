@@ -39,10 +39,7 @@ class Experiment:
         fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
         return steps.StepSpec(
-            self.model,
-            self.optimizer,
-            steps.Normalize(self.info.mean, self.info.std),
-            self.info.image_shape,
+            *self._step_basis,
             batch_size,
             num_microbatches,
             num_parts=num_microbatches // in_part,
@@ -78,16 +75,13 @@ class Experiment:
         devices = self.plan.num_devices
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
-        like = self.train_spec(self.plan.ladder[0])
-        return dataclasses.replace(
-            like,
-            batch_size=size,
-            num_microbatches=1,
-            num_parts=1,
-            train=False,
-            skip_non_finite=False,
-            statistics='',
-        )
+        return steps.StepSpec(*self._step_basis, size, train=False)
+
+    @property
+    def _step_basis(self) -> tuple:
+        """What the steps of all batch sizes have in common."""
+        normalize = steps.Normalize(self.info.mean, self.info.std)
+        return self.model, self.optimizer, normalize, self.info.image_shape
 
 
 def describe(config: ml_collections.FrozenConfigDict) -> Experiment:

@@ -76,7 +76,8 @@ class InnerProducts(NamedTuple):
 
 def squared_norm(tree: Any) -> jax.Array:
     """Sum of squares over a pytree of arrays, in float32; 0 for an empty one."""
-    return sum(map(_square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    squares = (jnp.sum(jnp.square(_float32(leaf))) for leaf in jax.tree.leaves(tree))
+    return sum(squares, jnp.zeros((), jnp.float32))
 
 
 def inner_product(a: Any, b: Any) -> jax.Array:
@@ -146,13 +147,13 @@ def inner_products(
       group_size: examples in each group.
       axis_name: of the mapped axis.
     """
-    along = lambda x: lax.pmean(x, axis_name) if axis_name else x  # noqa: E731
+    mean_of_devices = lambda x: lax.pmean(x, axis_name) if axis_name else x  # noqa: E731
     num_groups = len(jax.tree.leaves(grads)[0]) * (lax.axis_size(axis_name) if axis_name else 1)
     m = squared_norm(mean)
-    q = along(jnp.mean(jax.vmap(squared_norm)(grads)))
+    q = mean_of_devices(jnp.mean(jax.vmap(squared_norm)(grads)))
     products = jax.vmap(lambda g: inner_product(g, mean))(grads)
     statistics = estimate(q, m, num_groups, group_size)
-    scatter = along(jnp.mean((products - m) ** 2)) * num_groups
+    scatter = mean_of_devices(jnp.mean((products - m) ** 2)) * num_groups
     return InnerProducts(statistics, scatter * group_size / (num_groups - 1))
 
 
@@ -176,7 +177,3 @@ def per_example(
 
 def _float32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
-
-
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(_float32(x)))

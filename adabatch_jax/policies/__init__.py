@@ -4,25 +4,8 @@ All choose from a ladder, a finite set of batch sizes known before training, so 
 compiled steps stays bounded.
 """
 
-from adabatch_jax.policies import (
-    adabatch,
-    adascale,
-    big_batch,
-    cabs,
-    fixed,
-    friedlander_schmidt,
-    goodput,
-    gradient_diversity,
-    increase_dont_decay,
-    inner_product,
-    noise_scale,
-    norm_test,
-    plateau,
-    replay,
-    seesaw,
-    simigrad,
-    stages,
-)
+import importlib
+
 from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, Policy, State
 from adabatch_jax.schedules import Clock, LearningRate
 
@@ -37,28 +20,26 @@ __all__ = [
     'create',
 ]
 
-POLICIES = {
-    module.__name__.rpartition('.')[2]: module
-    for module in (
-        adabatch,
-        adascale,
-        big_batch,
-        cabs,
-        fixed,
-        friedlander_schmidt,
-        goodput,
-        gradient_diversity,
-        increase_dont_decay,
-        inner_product,
-        noise_scale,
-        norm_test,
-        plateau,
-        replay,
-        seesaw,
-        simigrad,
-        stages,
-    )
-}
+NAMES = (
+    'adabatch',
+    'adascale',
+    'big_batch',
+    'cabs',
+    'fixed',
+    'friedlander_schmidt',
+    'goodput',
+    'gradient_diversity',
+    'increase_dont_decay',
+    'inner_product',
+    'noise_scale',
+    'norm_test',
+    'plateau',
+    'replay',
+    'seesaw',
+    'simigrad',
+    'stages',
+)
+POLICIES = {name: importlib.import_module(f'{__name__}.{name}') for name in NAMES}
 ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
 
@@ -84,7 +65,7 @@ def coupling(config) -> str:
     if config.learning_rate.coupling != 'auto':
         return config.learning_rate.coupling
     if config.batch.policy == 'replay':
-        return replay.load(config.batch.replay)['coupling']
+        return _module(config).load(config.batch.replay)['coupling']
     own = _module(config).COUPLING
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
 

@@ -17,7 +17,7 @@ progress stays the number of examples seen, so that runs of one length have seen
 import math
 
 from adabatch_jax.policies import fixed, stages
-from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, State
+from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, State, decayed
 
 COUPLING = 'none'
 
@@ -52,12 +52,10 @@ class AdaScale(PlannedPolicy):
         return {'variance': 0.0, 'squared_gradient': 0.0}  # what both are divided by is the same
 
     def observe(self, state: State, observation: Observation) -> State:
-        seen = observation.variance, observation.squared_gradient
-        if not all(map(math.isfinite, seen)):
+        seen = {key: getattr(observation, key) for key in state}
+        if not all(map(math.isfinite, seen.values())):
             return state
-        decay = self.decay ** (observation.batch_size / self.reference)
-        pairs = zip(state.items(), seen, strict=True)
-        return {key: decay * before + (1 - decay) * new for (key, before), new in pairs}
+        return decayed(state, seen, self.decay ** (observation.batch_size / self.reference))
 
     def decide(self, state: State, examples_seen: int) -> Decision:
         planned = super().decide(state, examples_seen)

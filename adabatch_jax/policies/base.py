@@ -107,6 +107,11 @@ class PlannedPolicy(Policy):
         return Decision(transition.batch_size, transition.reason)
 
 
+def decayed(sums: dict[str, float], quantities: dict[str, float], decay: float) -> dict[str, float]:
+    """Exponentially weighted sums with one more value each; a sum that is not there begins at 0."""
+    return {k: decay * sums.get(k, 0.0) + (1 - decay) * value for k, value in quantities.items()}
+
+
 def check_grows(sizes, batch) -> None:
     """Raises ``ValueError`` where a policy that is there to grow the batch has one size only."""
     if len(set(sizes)) == 1:

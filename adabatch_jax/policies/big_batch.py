@@ -26,18 +26,12 @@ class BigBatch(StatisticalPolicy):
     may_shrink = False
     rounds_up = True
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.theta, self.unbiased = config.batch.big_batch.theta, config.batch.big_batch.unbiased
-
     def wanted(self, averages: dict[str, float], state: State) -> float:
         variance, squared_gradient = averages['variance'], averages['squared_gradient']
-        if self.unbiased:
-            return quotient(variance, self.theta**2 * squared_gradient)
+        if self.own.unbiased:
+            return quotient(variance, self.own.theta**2 * squared_gradient)
         noise = variance / self.ladder[state['rung']]
-        return math.inf if self.theta**2 * (squared_gradient + noise) < noise else math.nan
+        return math.inf if self.own.theta**2 * (squared_gradient + noise) < noise else math.nan
 
 
-def create(config, rate, clock) -> BigBatch:
-    """Ladder from ``batch.base_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return BigBatch(config, clock)
+create = BigBatch

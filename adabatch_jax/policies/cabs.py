@@ -8,7 +8,7 @@ Assumes plain SGD (``optimizer.momentum=0``) and a loss whose minimum is near 0,
 At the minimum of a loss that stays away from 0 the formula asks for ever smaller batches.
 """
 
-from adabatch_jax.policies.base import Observation, State
+from adabatch_jax.policies.base import Observation, State, decayed
 from adabatch_jax.policies.statistical import StatisticalPolicy, quotient
 
 COUPLING = 'none'
@@ -22,27 +22,21 @@ class Cabs(StatisticalPolicy):
     averages that begin at 0 (variance) and 1 (loss).
     """
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.scale, self.reference = config.batch.cabs.scale, config.batch.cabs.reference
-
     def initial_state(self) -> State:
-        start = {'sums': {'variance': 0.0, 'loss': 1.0}, 'weight': 1.0} if self.reference else {}
+        start = {'sums': {'variance': 0.0, 'loss': 1.0}, 'weight': 1.0} if self.own.reference else {}
         return super().initial_state() | start
 
     def quantities(self, observation: Observation) -> dict[str, float]:
-        bias = 1 - 1 / observation.batch_size if self.reference else 1.0
+        bias = 1 - 1 / observation.batch_size if self.own.reference else 1.0
         return {'variance': observation.variance * bias, 'loss': observation.loss}
 
     def averaged(self, state: State, quantities: dict[str, float], batch_size: int) -> State:
-        if not self.reference:
+        if not self.own.reference:
             return super().averaged(state, quantities, batch_size)
-        return {'sums': {k: 0.95 * state['sums'][k] + 0.05 * v for k, v in quantities.items()}}
+        return {'sums': decayed(state['sums'], quantities, 0.95)}
 
     def wanted(self, averages: dict[str, float], state: State) -> float:
-        return self.scale * state['learning_rate'] * quotient(averages['variance'], averages['loss'])
+        return self.own.scale * state['learning_rate'] * quotient(averages['variance'], averages['loss'])
 
 
-def create(config, rate, clock) -> Cabs:
-    """Ladder from ``batch.statistics.min_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return Cabs(config, clock)
+create = Cabs

@@ -55,6 +55,4 @@ def fit_times(times: dict[int, float]) -> tuple[float, float]:
     return (a, c) if c >= 0 else (sum(u) / uu, 0.0)
 
 
-def create(config, rate, clock) -> Goodput:
-    """Ladder from ``batch.statistics.min_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return Goodput(config, clock)
+create = Goodput

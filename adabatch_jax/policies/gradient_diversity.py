@@ -20,14 +20,8 @@ class GradientDiversity(StatisticalPolicy):
 
     may_shrink = False
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.delta = config.batch.gradient_diversity.delta
-
     def wanted(self, averages: dict[str, float], state: State) -> float:
-        return self.delta * (1 + quotient(averages['variance'], averages['squared_gradient']))
+        return self.own.delta * (1 + quotient(averages['variance'], averages['squared_gradient']))
 
 
-def create(config, rate, clock) -> GradientDiversity:
-    """Ladder from ``batch.base_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return GradientDiversity(config, clock)
+create = GradientDiversity

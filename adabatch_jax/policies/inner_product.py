@@ -20,10 +20,6 @@ class InnerProduct(StatisticalPolicy):
     may_shrink = False
     rounds_up = True
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.theta, self.nu = config.batch.inner_product.theta, config.batch.inner_product.nu
-
     def quantities(self, observation: Observation) -> dict[str, float]:
         return {
             'variance': observation.variance,
@@ -33,13 +29,11 @@ class InnerProduct(StatisticalPolicy):
 
     def wanted(self, averages: dict[str, float], state: State) -> float:
         along, squared_norm = averages['variance_along'], averages['squared_norm']
-        size = quotient(along, self.theta**2 * squared_norm**2)
-        if not self.nu:
+        size = quotient(along, self.own.theta**2 * squared_norm**2)
+        if not self.own.nu:
             return size
         orthogonal = averages['variance'] - quotient(along, squared_norm)
-        return max(size, quotient(orthogonal, self.nu**2 * squared_norm))
+        return max(size, quotient(orthogonal, self.own.nu**2 * squared_norm))
 
 
-def create(config, rate, clock) -> InnerProduct:
-    """Ladder from ``batch.base_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return InnerProduct(config, clock)
+create = InnerProduct

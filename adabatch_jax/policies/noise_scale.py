@@ -15,14 +15,8 @@ COUPLING = 'linear'
 class NoiseScale(StatisticalPolicy):
     """``scale * variance / squared_gradient``, to the nearest rung."""
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.scale = config.batch.noise_scale.scale
-
     def wanted(self, averages: dict[str, float], state: State) -> float:
-        return self.scale * quotient(averages['variance'], averages['squared_gradient'])
+        return self.own.scale * quotient(averages['variance'], averages['squared_gradient'])
 
 
-def create(config, rate, clock) -> NoiseScale:
-    """Ladder from ``batch.statistics.min_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return NoiseScale(config, clock)
+create = NoiseScale

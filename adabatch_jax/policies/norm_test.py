@@ -22,16 +22,10 @@ class NormTest(StatisticalPolicy):
     may_shrink = False
     rounds_up = True
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.theta = config.batch.norm_test.theta
-
     def wanted(self, averages: dict[str, float], state: State) -> float:
         noise = averages['variance'] / self.ladder[state['rung']]
         squared_norm = averages['squared_gradient'] + noise
-        return quotient(averages['variance'], self.theta**2 * squared_norm)
+        return quotient(averages['variance'], self.own.theta**2 * squared_norm)
 
 
-def create(config, rate, clock) -> NormTest:
-    """Ladder from ``batch.base_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return NormTest(config, clock)
+create = NormTest

@@ -23,17 +23,11 @@ class SimiGrad(StatisticalPolicy):
     Halves that do not agree at all, ``squared_gradient`` not above 0, ask for the largest batch.
     """
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
-        self.cosine = config.batch.simigrad.cosine
-
     def wanted(self, averages: dict[str, float], state: State) -> float:
         variance, squared_gradient = averages['variance'], averages['squared_gradient']
         if squared_gradient <= 0:
             return math.inf if variance > 0 else math.nan
-        return 2 * variance / squared_gradient * self.cosine / (1 - self.cosine)
+        return 2 * variance / squared_gradient * self.own.cosine / (1 - self.own.cosine)
 
 
-def create(config, rate, clock) -> SimiGrad:
-    """Ladder from ``batch.statistics.min_size`` by ``batch.growth_factor`` to ``batch.max_size``."""
-    return SimiGrad(config, clock)
+create = SimiGrad

@@ -2,8 +2,8 @@
 
 import math
 
-from adabatch_jax.policies.base import Decision, Observation, Policy, State, ladder_from
-from adabatch_jax.schedules import Clock, Transition
+from adabatch_jax.policies.base import Decision, Observation, Policy, State, decayed, ladder_from
+from adabatch_jax.schedules import Clock, LearningRate, Transition
 
 
 class StatisticalPolicy(Policy):
@@ -33,9 +33,9 @@ class StatisticalPolicy(Policy):
     rounds_up = False  # to a rung that is at least what is asked for; else to the nearest, as a ratio
     needs_times = False
 
-    def __init__(self, config, clock: Clock):
-        options = config.batch.statistics
-        self.options = options
+    def __init__(self, config, rate: LearningRate, clock: Clock):
+        self.options = options = config.batch.statistics
+        self.own = config.batch.get(config.batch.policy)  # the section of the policy, if it has one
         self.base_size = config.batch.base_size
         self.ladder = ladder_from(config.batch, clock, options.min_size)
         reason = f'starts with batch size {self.base_size}'
@@ -80,7 +80,7 @@ class StatisticalPolicy(Policy):
     def averaged(self, state: State, quantities: dict[str, float], batch_size: int) -> State:
         """``sums`` and ``weight`` with one more update; an average is their quotient."""
         decay = self.options.decay ** (batch_size / self.base_size)
-        sums = {k: decay * state['sums'].get(k, 0.0) + (1 - decay) * v for k, v in quantities.items()}
+        sums = decayed(state['sums'], quantities, decay)
         return {'sums': sums, 'weight': decay * state['weight'] + 1 - decay}
 
     def decide(self, state: State, examples_seen: int) -> Decision:
