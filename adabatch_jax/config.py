@@ -107,6 +107,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.learning_rate = rate = ml_collections.ConfigDict()
     rate.effective = 0.01  # at the reference batch size
+    # schedule: as below; armijo, barzilai_borwein: step sizes searched for on each batch, from `effective`
+    rate.rule = 'schedule'
     rate.schedule = 'step'  # constant, step, cosine or polynomial
     rate.decay_factor = 0.375  # step: ratio at each decay
     rate.decay_epochs = 0.0  # step: epochs between two decays; 0: batch.growth_epochs
@@ -209,6 +211,7 @@ _CHOICES = {
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('tf_data',),
+    'learning_rate.rule': ('schedule', 'armijo', 'barzilai_borwein'),
     'learning_rate.coupling': ('auto', 'linear', 'sqrt', 'none'),
     'divergence.action': ('stop', 'skip', 'fall_back'),
 }

@@ -35,8 +35,11 @@ class Experiment:
     def train_spec(self, batch_size: int) -> steps.StepSpec:
         """The train step of a batch size."""
         microbatch, num_microbatches = self.plan.split(batch_size)
-        # A batch whose images are too many for memory comes to the devices in parts.
+        # A batch whose images are too many for memory comes to the devices in parts, unless a step size
+        # is searched for on it as a whole.
         fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
+        if self.config.learning_rate.rule != 'schedule':
+            fit = num_microbatches
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
         return steps.StepSpec(
             *self._step_basis,
@@ -45,6 +48,8 @@ class Experiment:
             num_parts=num_microbatches // in_part,
             skip_non_finite=self.config.divergence.action == 'skip',
             statistics=self.policy.statistics,
+            rule=self.config.learning_rate.rule,
+            fraction=batch_size / self.info.num_train,
         )
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':

@@ -19,7 +19,7 @@ ALLOWED = {
     'config': set(),
     'policies': {'schedules'},
     'train_state': {'checkpoint'},
-    'steps': {'compilation_cache', 'train_state', 'gradient_statistics', 'metrics'},
+    'steps': {'compilation_cache', 'train_state', 'gradient_statistics', 'line_search', 'metrics'},
     'input_pipeline': {'distributed'},
     'terminal': {'schedules'},
     'host_state': set(),
@@ -28,6 +28,7 @@ ALLOWED = {
         'config', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules', 'steps',
     },
     'gradient_statistics': set(),
+    'line_search': {'gradient_statistics'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

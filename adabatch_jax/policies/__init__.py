@@ -50,7 +50,8 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
       ValueError: an unknown name, or settings with which the policy could not do its work.
     """
     policy = _module(config).create(config, rate, clock)
-    if config.batch.gradient_statistics and not policy.statistics:
+    measured = config.batch.gradient_statistics or config.learning_rate.rule == 'barzilai_borwein'
+    if measured and not policy.statistics:
         policy.statistics = 'norms'
     return policy
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adabatch_jax import gradient_statistics
+from adabatch_jax import gradient_statistics, line_search
 from adabatch_jax.train_state import TrainState
 
 AXIS_NAME = 'batch'  # of the mapped devices
@@ -53,6 +53,8 @@ class StepSpec:
         the new weights are not finite.
       statistics: one of ``STATISTICS``: none; ``'norms'``, of the gradients of all microbatches; or
         ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
+      rule: one of ``line_search.RULES``: where the step size comes from.
+      fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class StepSpec:
     num_parts: int = 1
     skip_non_finite: bool = False
     statistics: str = ''
+    rule: str = 'schedule'
+    fraction: float = 0.0
 
     @property
     def num_groups(self) -> int:
@@ -104,17 +108,21 @@ def train_step(
       state: replicated train state.
       batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``; examples
         with the label -1 are left out.
-      learning_rate: float32 scalar of this update.
+      learning_rate: float32 scalar of this update. With another rule than ``'schedule'`` it is where the
+        search begins in the first update, and later a factor of where the last one ended.
       examples_seen: uint32 scalar, the clock after this update.
 
     Returns:
       The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch, and
       ``non_finite``: 1 where the loss, the gradient or the new weights are not finite, else 0; with
       ``spec.statistics`` also ``variance`` and ``squared_gradient`` as in ``gradient_statistics``, and
-      for inner products ``variance_along`` and ``squared_norm``.
+      for inner products ``variance_along`` and ``squared_norm``; and ``learning_rate`` where that was
+      searched for.
     """
     totals = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
-    return apply_gradients(spec, state, totals, learning_rate, examples_seen)
+    if spec.rule == 'schedule':
+        batch = None
+    return apply_gradients(spec, state, totals, learning_rate, examples_seen, batch)
 
 
 def zero_totals(spec: StepSpec, state: TrainState) -> Totals:
@@ -142,27 +150,11 @@ def accumulate(
 
     ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before.
     """
-    n = spec.num_microbatches // spec.num_parts
-    update_key = jax.random.fold_in(state.rng, state.step)
-    device_key = jax.random.fold_in(update_key, lax.axis_index(AXIS_NAME))
-    microbatches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
-
-    def loss_fn(params, images, labels, key):
-        variables = {'params': params, 'batch_stats': state.batch_stats}
-        logits, mutated = spec.model.apply(
-            variables,
-            spec.normalize(images),
-            train=True,
-            mutable=['batch_stats'],
-            rngs={'dropout': key},
-        )
-        sums = _sums(logits, labels, (labels >= 0).astype(jnp.float32))
-        return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
+    loss = _microbatch_loss(spec, state)
 
     def add(total, microbatch):
-        index, images, labels = microbatch
-        key = jax.random.fold_in(device_key, index)
-        grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params, images, labels, key)
+        index, _, _ = microbatch
+        grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, microbatch)
         if spec.statistics == 'norms':
             sums['squared_norms'] = gradient_statistics.squared_norm(grads)
         if spec.num_groups > 1:
@@ -172,8 +164,35 @@ def accumulate(
             gradient_sums = jax.tree.map(jnp.add, total[0], grads)
         return (gradient_sums, *jax.tree.map(jnp.add, total[1:], (batch_stats, sums))), None
 
-    parts = (first_microbatch + jnp.arange(n), microbatches['image'], microbatches['label'])
-    return lax.scan(add, totals, parts)[0]
+    return lax.scan(add, totals, _microbatches(spec, batch, first_microbatch))[0]
+
+
+def _microbatches(spec: StepSpec, batch: dict[str, jax.Array], first: jax.Array) -> tuple:
+    """Numbers, images and labels of the microbatches of a part, along a leading axis."""
+    n = spec.num_microbatches // spec.num_parts
+    images, labels = (batch[key].reshape(n, -1, *batch[key].shape[1:]) for key in ('image', 'label'))
+    return first + jnp.arange(n), images, labels
+
+
+def _microbatch_loss(spec: StepSpec, state: TrainState) -> Callable:
+    """The mean loss over a microbatch, as a function of parameters, and what comes with it."""
+    update_key = jax.random.fold_in(state.rng, state.step)
+    device_key = jax.random.fold_in(update_key, lax.axis_index(AXIS_NAME))
+
+    def loss(params, microbatch):
+        index, images, labels = microbatch
+        variables = {'params': params, 'batch_stats': state.batch_stats}
+        logits, mutated = spec.model.apply(
+            variables,
+            spec.normalize(images),
+            train=True,
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.fold_in(device_key, index)},
+        )
+        sums = _sums(logits, labels, (labels >= 0).astype(jnp.float32))
+        return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
+
+    return loss
 
 
 def apply_gradients(
@@ -182,21 +201,25 @@ def apply_gradients(
     totals: Totals,
     learning_rate: jax.Array,
     examples_seen: jax.Array,
+    batch: dict[str, jax.Array] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The update from the totals of all of a batch's microbatches; see ``train_step``."""
-    grads, batch_stats, sums = totals
-    n = spec.num_microbatches
-    groups = grads
-    if spec.num_groups > 1:
-        grads = jax.tree.map(lambda x: jnp.sum(x, 0), groups)
-    grads, batch_stats = jax.tree.map(lambda x: x / n, (grads, batch_stats))
-    grads, batch_stats = lax.pmean((grads, batch_stats), AXIS_NAME)
+    """The update from the totals of all of a batch's microbatches; see ``train_step``.
 
-    opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
-    updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    The batch itself is for rules that search for the step size on it.
+    """
+    groups, batch_stats, sums = totals
+    grads = _mean_gradient(spec, groups)
+    batch_stats = lax.pmean(jax.tree.map(lambda x: x / spec.num_microbatches, batch_stats), AXIS_NAME)
     sums = lax.psum(sums, AXIS_NAME)
     sums |= _statistics(spec, grads, groups, sums.pop('squared_norms', None))
+
+    if batch is not None:
+        params, opt_state, size = _search(spec, state, grads, sums, batch, learning_rate)
+        sums['learning_rate'] = size
+    else:
+        opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
+        updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     finite = _all_finite((sums['loss'], grads, params, batch_stats))
     new, old = (params, batch_stats, opt_state), (state.params, state.batch_stats, state.opt_state)
     if spec.skip_non_finite:
@@ -210,6 +233,52 @@ def apply_gradients(
         opt_state=opt_state,
     )
     return state, {**sums, 'non_finite': 1.0 - finite}
+
+
+def _mean_gradient(spec: StepSpec, sums: Any) -> Any:
+    """Of the batch, from the sums over this device's microbatches, in groups or not."""
+    if spec.num_groups > 1:
+        sums = jax.tree.map(lambda x: jnp.sum(x, 0), sums)
+    return lax.pmean(jax.tree.map(lambda x: x / spec.num_microbatches, sums), AXIS_NAME)
+
+
+def _search(
+    spec: StepSpec,
+    state: TrainState,
+    grads: Any,
+    sums: dict[str, jax.Array],
+    batch: dict[str, jax.Array],
+    given: jax.Array,
+) -> tuple[Any, Any, jax.Array]:
+    """New parameters and optimizer state, and the step size, searched for on the batch.
+
+    The direction is the optimizer's with a learning rate of 1. Where the next search begins is kept as
+    the optimizer's learning rate.
+    """
+    last = optax.tree.get(state.opt_state, 'learning_rate')
+    start = jnp.where(state.step == 0, given, last * given)
+    opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.ones_like(start))
+    direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
+    microbatches, loss = _microbatches(spec, batch, jnp.int32(0)), _microbatch_loss(spec, state)
+
+    def batch_loss(params):
+        losses = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
+        return lax.pmean(jnp.mean(losses), AXIS_NAME)
+
+    slope = gradient_statistics.inner_product(grads, direction)
+    size = line_search.armijo(batch_loss, state.params, direction, slope, start)
+    step = jax.tree.map(lambda d: size * d, direction)
+    params = optax.apply_updates(state.params, step)
+    following = size
+    if spec.rule == 'barzilai_borwein':
+        there = accumulate(
+            spec, state.replace(params=params), zero_totals(spec, state), batch, jnp.int32(0)
+        )
+        change = jax.tree.map(jnp.subtract, _mean_gradient(spec, there[0]), grads)
+        noise = sums['variance'] / spec.batch_size / gradient_statistics.squared_norm(grads)
+        noise = jnp.where(spec.fraction < 1, noise, 0.0)
+        following = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)
+    return params, optax.tree.set(opt_state, learning_rate=following), size
 
 
 def _statistics(spec: StepSpec, grads: Any, groups: Any, squared_norms: Any) -> dict[str, jax.Array]:
