@@ -107,7 +107,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.learning_rate = rate = ml_collections.ConfigDict()
     rate.effective = 0.01  # at the reference batch size
-    # schedule: as below; armijo, barzilai_borwein: step sizes searched for on each batch, from `effective`
+    # schedule: as follows below. armijo, barzilai_borwein: searched for on each batch, from `effective`
+    # on, without schedule and coupling.
     rate.rule = 'schedule'
     rate.schedule = 'step'  # constant, step, cosine or polynomial
     rate.decay_factor = 0.375  # step: ratio at each decay

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 
 from adabatch_jax import input_pipeline, models, optimizers, policies, schedules, steps
-from adabatch_jax.config import user_errors
+from adabatch_jax.config import ConfigError, user_errors
 
 # Images that one device is given at once; host and devices hold several such parts of a batch.
 PART_BYTES = 2**28
@@ -51,6 +51,17 @@ class Experiment:
             rule=self.config.learning_rate.rule,
             fraction=batch_size / self.info.num_train,
         )
+
+    def specs_after(self, batch_size: int, examples_seen: int) -> list[steps.StepSpec]:
+        """The steps that a stage may need or be followed by, in the order in which they are needed."""
+        policy = self.policy
+        if policy.planned:
+            sizes = [t.batch_size for t in policy.transitions if t.examples_seen > examples_seen]
+        else:
+            sizes = [size for size in policy.ladder if size > batch_size][:1]
+            if policy.may_shrink:
+                sizes += [size for size in policy.ladder if size < batch_size][-1:]
+        return [self.eval_spec, *map(self.train_spec, sizes)]
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
         """The same experiment with its batches split for a largest microbatch; 0 for no limit."""
@@ -99,14 +110,19 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
         info = input_pipeline.dataset_info(config.dataset, config.seed)
     with user_errors('config'):
         clock = schedules.Clock(info.num_train, config.num_epochs, config.dataset.remainder)
+    rule, action = config.learning_rate.rule, config.divergence.action
+    if rule != 'schedule' and action != 'stop':
+        raise ConfigError(
+            f'config.divergence.action: got {action!r}; accepted with learning_rate.rule {rule!r}: stop '
+            '(a search never takes a step to a loss that is not finite)'
+        )
     with user_errors('config.batch'):
         coupling = policies.coupling(config)
     with user_errors('config.learning_rate'):
-        rate = schedules.LearningRate(
-            schedules.effective_schedule(config.learning_rate, clock),
-            coupling,
-            config.learning_rate.reference_batch_size,
-        )
+        effective = schedules.effective_schedule(config.learning_rate, clock)
+        if rule != 'schedule':  # where the first search begins
+            effective = optax.constant_schedule(config.learning_rate.effective)
+        rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
     with user_errors('config.batch'):
         policy = policies.create(config, rate, clock)
     with user_errors('config.model'):

@@ -19,6 +19,7 @@ from adabatch_jax.experiment import Experiment
 from adabatch_jax.host_state import HostState
 
 STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
+GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
 ALL_SKIPPED = {'loss': math.nan, 'accuracy': math.nan}  # of a window without an update that was made
 
 
@@ -53,6 +54,7 @@ class Run:
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.step_fn: Callable | None = None
         self.batches: Iterator[Any] = iter(())
+        self.has_grown = False  # the batch of the upcoming update, from the one before it
         self.num_parts = 1  # of a batch, one after the other in ``batches``
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
@@ -138,7 +140,15 @@ class Run:
             self.upcoming.batch_size != self.host.batch_size or self.upcoming.start != self.examples_seen
         )
 
+    @property
+    def searches(self) -> bool:
+        """Whether learning rates are searched for in the step itself."""
+        return self.experiment.config.learning_rate.rule != 'schedule'
+
     def learning_rate(self, update: schedules.Update) -> float:
+        """That of an update; where it is searched for, the last that was found, or where to begin."""
+        if self.searches and self.host.observed:
+            return self.host.observed['learning_rate']
         lowered = self.experiment.config.divergence.rate_factor ** self.host.counts['fall_backs']
         rate, epoch = self.experiment.learning_rate, self.clock.epoch(update.start)
         if self.decision.gain is None:
@@ -148,10 +158,13 @@ class Run:
     def dispatch(self) -> InFlight:
         """Starts the next update on the devices, without waiting for it."""
         update = self.upcoming
-        rate = self.learning_rate(update)
+        rate = given = self.learning_rate(update)
+        if self.searches and self.step:
+            given = GROWN if self.has_grown else 1.0
+        self.has_grown = False
         parts = itertools.islice(self.batches, self.num_parts)
         batch = parts if self.num_parts > 1 else next(parts)
-        self.state, sums = self.step_fn(self.state, batch, np.float32(rate), np.uint32(update.end))
+        self.state, sums = self.step_fn(self.state, batch, np.float32(given), np.uint32(update.end))
         self.step += 1
         self.previous, self.examples_seen = self.examples_seen, update.end
         return InFlight(self.step, update, rate, sums)
@@ -162,6 +175,8 @@ class Run:
             return
         flight, self.in_flight = self.in_flight, None
         sums = jax.device_get(flight.sums)
+        found = float(sums.pop('learning_rate', flight.learning_rate))
+        flight = dataclasses.replace(flight, learning_rate=found)
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.host.seconds['train'] += seconds
@@ -247,6 +262,7 @@ class Run:
             stall_seconds = time.perf_counter() - waiting_since
         if update.batch_size != self.host.batch_size:
             self.keep_transition(update.batch_size)
+        self.has_grown = update.batch_size > self.host.batch_size
         self.host.batch_size = update.batch_size
         self.host.stage += new
         self.host.seconds['compile'] += self.step_fn.compile_seconds
@@ -272,7 +288,8 @@ class Run:
             f'rate {self.learning_rate(update):.5g} ({reason})'
         )
         if self.experiment.config.compile.precompile:
-            self.precompile()
+            for later in self.experiment.specs_after(update.batch_size, self.examples_seen):
+                steps.CACHE.precompile(later)
 
     def keep_transition(self, batch_size: int) -> None:
         """Notes where a batch size begins, for the schedule that a replay follows."""
@@ -281,21 +298,6 @@ class Run:
             stages.pop()
         decided = {'batch_size': batch_size, 'reason': self.decision.reason}
         stages.append({'examples_seen': self.examples_seen, **decided})
-
-    def precompile(self) -> None:
-        """Starts compiling what comes after this stage, in the order in which it is needed."""
-        experiment = self.experiment
-        steps.CACHE.precompile(experiment.eval_spec)
-        if experiment.policy.planned:
-            later = [t.batch_size for t in experiment.policy.transitions
-                     if t.examples_seen > self.examples_seen]  # fmt: skip
-        else:
-            policy = experiment.policy
-            later = [size for size in policy.ladder if size > self.host.batch_size][:1]
-            if policy.may_shrink:
-                later += [size for size in policy.ladder if size < self.host.batch_size][-1:]
-        for size in later:
-            steps.CACHE.precompile(experiment.train_spec(size))
 
     def write_window(self) -> None:
         """Writes the ``train`` record of the updates since the last one, and shows it."""

@@ -42,6 +42,11 @@ NAMES = (
 POLICIES = {name: importlib.import_module(f'{__name__}.{name}') for name in NAMES}
 ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
+SEARCHED = (
+    'Learning rates are searched for on each batch ({}), without schedule and coupling; '
+    'shown: where the search begins.'
+)
+
 
 def create(config, rate: LearningRate, clock: Clock) -> Policy:
     """The policy that ``config.batch.policy`` names.
@@ -49,8 +54,15 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
     Raises:
       ValueError: an unknown name, or settings with which the policy could not do its work.
     """
-    policy = _module(config).create(config, rate, clock)
-    measured = config.batch.gradient_statistics or config.learning_rate.rule == 'barzilai_borwein'
+    policy, rule = _module(config).create(config, rate, clock), config.learning_rate.rule
+    if rule != 'schedule':
+        if policy.sets_gain:
+            raise ValueError(
+                f'policy: got {config.batch.policy!r}, which sets the learning rate, with '
+                f'learning_rate.rule {rule!r}, which does so too; choose another policy or rule schedule'
+            )
+        policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
+    measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     if measured and not policy.statistics:
         policy.statistics = 'norms'
     return policy
@@ -59,10 +71,14 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
 def coupling(config) -> str:
     """``config.learning_rate.coupling``, or where that is ``'auto'`` the policy's own.
 
+    ``'none'`` where step sizes are searched for.
+
     A linear coupling becomes ``'sqrt'`` for optimizers of the Adam type (Malladi et al., "On the SDEs
     and Scaling Rules for Adaptive Gradient Algorithms", 2022), whose steps do not grow with the
     gradient.
     """
+    if config.learning_rate.rule != 'schedule':
+        return 'none'
     if config.learning_rate.coupling != 'auto':
         return config.learning_rate.coupling
     if config.batch.policy == 'replay':

@@ -69,6 +69,7 @@ class Policy:
       statistics: which statistics of the gradients it observes: none (``''``), ``'norms'`` (``variance``
         and ``squared_gradient``) or ``'inner_products'`` (all).
       max_per_device: largest microbatch, where the policy has to have one; 0 where it does not matter.
+      sets_gain: whether its decisions have a ``gain``.
       note: a sentence about it for people who read the plan.
     """
 
@@ -78,6 +79,7 @@ class Policy:
     may_shrink = False
     statistics = ''
     max_per_device = 0
+    sets_gain = False
     note = ''
 
     def initial_state(self) -> State:
