@@ -102,6 +102,10 @@ def default_config() -> ml_collections.ConfigDict:
     batch.noise_scale.scale = 1.0  # factor of the batch size
     batch.gradient_diversity = ml_collections.ConfigDict()
     batch.gradient_diversity.delta = 1.0  # factor of the batch size
+    batch.critical_batch = ml_collections.ConfigDict()
+    batch.critical_batch.every_epochs = 2.0  # epochs between two probes
+    batch.critical_batch.probe_epochs = 0.25  # epochs; length of each branch
+    batch.critical_batch.tolerance = 0.01  # in units of the loss
     batch.simigrad = ml_collections.ConfigDict()
     batch.simigrad.cosine = 0.5  # of the gradients of two halves of a batch
 
@@ -173,6 +177,8 @@ _POSITIVE = (
     'batch.statistics.max_rungs',
     'batch.cabs.scale',
     'batch.big_batch.theta',
+    'batch.critical_batch.every_epochs',
+    'batch.critical_batch.probe_epochs',
     'batch.norm_test.theta',
     'batch.inner_product.theta',
     'batch.noise_scale.scale',
@@ -191,6 +197,7 @@ _NOT_NEGATIVE = (
     'batch.max_size',
     'batch.max_per_device',
     'batch.min_improvement',
+    'batch.critical_batch.tolerance',
     'batch.statistics.min_size',
     'batch.statistics.decision_epochs',
     'batch.statistics.hysteresis',

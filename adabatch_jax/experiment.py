@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from adabatch_jax import input_pipeline, models, optimizers, policies, schedules, steps
+from adabatch_jax import distributed, input_pipeline, models, optimizers, policies, schedules, steps
 from adabatch_jax.config import ConfigError, user_errors
 
 # Images that one device is given at once; host and devices hold several such parts of a batch.
@@ -51,6 +53,19 @@ class Experiment:
             rule=self.config.learning_rate.rule,
             fraction=batch_size / self.info.num_train,
         )
+
+    def stream(self, pipeline, update: schedules.Update) -> tuple[steps.CompiledStep, Iterator[Any]]:
+        """The compiled step of a batch size and its batches from an update on, the first one at hand."""
+        spec = self.train_spec(update.batch_size)
+        step = steps.CACHE.get(spec)
+        batches = distributed.put_ahead(
+            {'image': batch['image'], 'label': batch['label']}
+            for batch in pipeline.train_batches(update.start, update.batch_size, spec.num_parts)
+        )
+        batches = itertools.chain([next(batches)], batches)
+        if spec.num_parts > 1:  # one after the other: a batch is an iterator of its parts
+            return step, iter(lambda: itertools.islice(batches, spec.num_parts), None)
+        return step, batches
 
     def specs_after(self, batch_size: int, examples_seen: int) -> list[steps.StepSpec]:
         """The steps that a stage may need or be followed by, in the order in which they are needed."""

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
+SECONDS = ('wall', 'train', 'compile', 'probe')
+
 
 @dataclasses.dataclass
 class HostState:
@@ -22,8 +25,8 @@ class HostState:
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
       evaluation: the last one: ``step`` and ``accuracy``.
       best_accuracy: of all evaluations.
-      counts: of divergence and what was done about it.
-      seconds: ``wall``, ``train`` and ``compile``, from the beginning of the run.
+      counts: of divergence and what was done about it, and of examples in probes.
+      seconds: ``wall``, ``train``, ``compile`` and ``probe``, from the beginning of the run.
     """
 
     schedule: dict[str, Any]
@@ -37,9 +40,9 @@ class HostState:
     observed: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     best_accuracy: float = -1.0
-    counts: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {'skipped': 0, 'skipped_in_a_row': 0, 'fall_backs': 0}
-    )
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {'wall': 0.0, 'train': 0.0, 'compile': 0.0}
-    )
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):  # a checkpoint may come from a version that counted less
+        self.counts = dict.fromkeys(COUNTS, 0) | self.counts
+        self.seconds = dict.fromkeys(SECONDS, 0.0) | self.seconds

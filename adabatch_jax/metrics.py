@@ -31,6 +31,22 @@ def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {'loss': sums['loss'] / count, 'accuracy': sums['correct'] / count}
 
 
+def window_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """The measured fields of a ``train`` record, from the sums over its updates.
+
+    ``loss`` and ``accuracy`` are not numbers where every update was skipped. ``gradient_variance`` and
+    ``squared_gradient`` are there where they were measured, ``left_out`` (images that could not be
+    decoded) and ``skipped`` (updates) where there are any.
+    """
+    none = {'loss': math.nan, 'accuracy': math.nan}
+    fields = mean_metrics(sums) if sums.get('count') else none
+    fields['examples_per_second'] = sums.get('count', 0) / sums['seconds']
+    if measured := sums.get('measured'):
+        fields['gradient_variance'] = sums['variance'] / measured
+        fields['squared_gradient'] = sums['squared_gradient'] / measured
+    return fields | {k: round(sums[k]) for k in ('left_out', 'skipped') if sums.get(k)}
+
+
 def add_sums(total: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
     """Sums over two sets of examples, in double precision."""
     return total | {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}

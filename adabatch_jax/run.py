@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from adabatch_jax import distributed, metrics, policies, schedules, steps, terminal, train_state, workdir
+from adabatch_jax import (
+    metrics,
+    policies,
+    probing,
+    schedules,
+    steps,
+    terminal,
+    train_state,
+    workdir,
+)
 from adabatch_jax.checkpoint import SaveFailed
 from adabatch_jax.config import changes, schedule_of
 from adabatch_jax.evaluate import evaluate
@@ -20,7 +28,6 @@ from adabatch_jax.host_state import HostState
 
 STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
 GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
-ALL_SKIPPED = {'loss': math.nan, 'accuracy': math.nan}  # of a window without an update that was made
 
 
 class Diverged(RuntimeError):
@@ -55,10 +62,10 @@ class Run:
         self.step_fn: Callable | None = None
         self.batches: Iterator[Any] = iter(())
         self.has_grown = False  # the batch of the upcoming update, from the one before it
-        self.num_parts = 1  # of a batch, one after the other in ``batches``
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
         self.decision: policies.Decision | None = None  # of the upcoming update
+        self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
         now = schedule_of(experiment.config)
         self.schedule_changes, host.schedule = changes(host.schedule, now), now
         if any(change.startswith('batch.') for change in self.schedule_changes):  # another ladder
@@ -69,7 +76,6 @@ class Run:
             decided = dict(host.upcoming)
             self.upcoming = self.clock.update_at(decided.pop('start'), decided['batch_size'])
             self.decision = policies.Decision(**decided)
-        self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
 
     @property
     def epoch(self) -> float:
@@ -121,13 +127,26 @@ class Run:
     # ---------------------------------------------------------------------------- each update
 
     def decide(self) -> None:
-        """Chooses the update after the one that was dispatched last."""
+        """Chooses the update after the one that was dispatched last, by probes if the policy asks."""
+        if sizes := self.experiment.policy.probes(self.host.policy, self.examples_seen):
+            self.probe(sizes)
 
         def batch_size_at(examples_seen: int) -> int:
             self.decision = self.experiment.policy.decide(self.host.policy, examples_seen)
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
+
+    def probe(self, sizes: tuple[int, ...]) -> None:
+        """Shows the policy how branches with other batch sizes train from here."""
+        policy, began = self.experiment.policy, time.perf_counter()
+        with self.paused():
+            losses = probing.branch_losses(self, sizes, policy.probe_examples)
+        self.host.policy = policy.probed(self.host.policy, self.examples_seen, losses)
+        self.host.counts['probe_examples'] += len(sizes) * policy.probe_examples
+        self.host.seconds['probe'] += time.perf_counter() - began
+        found = ', '.join(f'{loss:.4f} with {size}' for size, loss in losses.items())
+        self.display.say(f'epoch {self.epoch:.4g}: probed batch sizes, loss {found}')
 
     @property
     def changes_stage(self) -> bool:
@@ -162,9 +181,8 @@ class Run:
         if self.searches and self.step:
             given = GROWN if self.has_grown else 1.0
         self.has_grown = False
-        parts = itertools.islice(self.batches, self.num_parts)
-        batch = parts if self.num_parts > 1 else next(parts)
-        self.state, sums = self.step_fn(self.state, batch, np.float32(given), np.uint32(update.end))
+        clock = np.uint32(update.end)
+        self.state, sums = self.step_fn(self.state, next(self.batches), np.float32(given), clock)
         self.step += 1
         self.previous, self.examples_seen = self.examples_seen, update.end
         return InFlight(self.step, update, rate, sums)
@@ -251,14 +269,7 @@ class Run:
             if new:
                 self.write_window()
             waiting_since = time.perf_counter()
-            spec = self.experiment.train_spec(update.batch_size)
-            self.step_fn = steps.CACHE.get(spec)
-            batches = distributed.put_ahead(
-                {'image': batch['image'], 'label': batch['label']}
-                for batch in self.pipeline.train_batches(update.start, update.batch_size, spec.num_parts)
-            )
-            self.batches = itertools.chain([next(batches)], batches)
-            self.num_parts = spec.num_parts
+            self.step_fn, self.batches = self.experiment.stream(self.pipeline, update)
             stall_seconds = time.perf_counter() - waiting_since
         if update.batch_size != self.host.batch_size:
             self.keep_transition(update.batch_size)
@@ -266,15 +277,16 @@ class Run:
         self.host.batch_size = update.batch_size
         self.host.stage += new
         self.host.seconds['compile'] += self.step_fn.compile_seconds
-        share, reason = update.batch_size // self.experiment.plan.num_devices, self.decision.reason
+        microbatch_size, num_microbatches = self.experiment.plan.split(update.batch_size)
+        reason = self.decision.reason
         self.record(
             'stage',
             self.step,
             self.examples_seen,
             stage=self.host.stage,
             batch_size=update.batch_size,
-            microbatch_size=share // spec.num_microbatches,
-            num_microbatches=spec.num_microbatches,
+            microbatch_size=microbatch_size,
+            num_microbatches=num_microbatches,
             learning_rate=self.learning_rate(update),
             compile_seconds=self.step_fn.compile_seconds,
             stall_seconds=stall_seconds,
@@ -304,26 +316,11 @@ class Run:
         if not self.host.window:
             return
         sums, self.host.window = self.host.window, {}
-        fields = {
-            'batch_size': self.host.batch_size,
-            'learning_rate': self.host.observed['learning_rate'],
-            **(metrics.mean_metrics(sums) if sums.get('count') else ALL_SKIPPED),
-            'examples_per_second': sums.get('count', 0) / sums['seconds'],
-        }
-        if measured := sums.get('measured'):
-            fields['gradient_variance'] = sums['variance'] / measured
-            fields['squared_gradient'] = sums['squared_gradient'] / measured
-        # Images that could not be decoded, and updates that were skipped; only where there are any.
-        exceptions = {k: round(sums[k]) for k in ('left_out', 'skipped') if sums.get(k)}
-        self.record(
-            'train',
-            self.host.observed['step'],
-            self.host.observed['examples_seen'],
-            stage=self.host.stage,
-            **fields,
-            **exceptions,
-        )
-        self.display.update(self.host.observed['examples_seen'], **fields)
+        seen = self.host.observed
+        fields = {'batch_size': self.host.batch_size, 'learning_rate': seen['learning_rate']}
+        fields |= metrics.window_metrics(sums)
+        self.record('train', seen['step'], seen['examples_seen'], stage=self.host.stage, **fields)
+        self.display.update(seen['examples_seen'], **fields)
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
@@ -382,6 +379,8 @@ class Run:
             'params_digest': train_state.params_digest(self.state),
         }
         summary |= {key: n for key, n in self.host.counts.items() if n and key != 'skipped_in_a_row'}
+        if probe_seconds := self.host.seconds['probe']:
+            summary['probe_seconds'] = probe_seconds
         self.checkpointer.wait()
         if not self.experiment.policy.planned:
             workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)

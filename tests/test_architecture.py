@@ -25,10 +25,12 @@ ALLOWED = {
     'host_state': set(),
     'workdir': {'config', 'checkpoint', 'experiment', 'metrics', 'policies', 'schedules'},
     'experiment': {
-        'config', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules', 'steps',
+        'config', 'distributed', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules',
+        'steps',
     },
     'gradient_statistics': set(),
     'line_search': {'gradient_statistics'},
+    'probing': {'distributed', 'metrics', 'schedules'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

@@ -124,7 +124,10 @@ def test_growth_of_the_batch_doubles_where_the_next_search_begins(tmp_path):
             'config.learning_rate.rule: got .*; accepted: schedule, armijo',
         ),
         ({'divergence.action': 'skip'}, r'config.divergence.action: got .*; accepted with .*: stop'),
-        ({'batch.policy': 'adascale'}, 'config.batch.policy: got .* sets the learning rate'),
+        (
+            {'batch.policy': 'adascale'},
+            'config.batch.policy: got .* goes with planned learning rates only',
+        ),
     ],
 )
 def test_what_a_search_cannot_go_with_is_a_mistake(changes, message):

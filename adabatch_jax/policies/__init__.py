@@ -25,6 +25,7 @@ NAMES = (
     'adascale',
     'big_batch',
     'cabs',
+    'critical_batch',
     'fixed',
     'friedlander_schmidt',
     'goodput',
@@ -56,10 +57,10 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
     """
     policy, rule = _module(config).create(config, rate, clock), config.learning_rate.rule
     if rule != 'schedule':
-        if policy.sets_gain:
+        if policy.needs_schedule:
             raise ValueError(
-                f'policy: got {config.batch.policy!r}, which sets the learning rate, with '
-                f'learning_rate.rule {rule!r}, which does so too; choose another policy or rule schedule'
+                f'policy: got {config.batch.policy!r}, which goes with planned learning rates only, and '
+                f'learning_rate.rule {rule!r}; choose another policy or rule schedule'
             )
         policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
     measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'

@@ -39,7 +39,7 @@ class AdaScale(PlannedPolicy):
     """Planned batch sizes, with a gain of the learning rate from averages of the statistics."""
 
     statistics = 'norms'
-    sets_gain = True
+    needs_schedule = True
     note = (
         'The learning rate is multiplied by the gain that AdaScale measures: from 1 up to batch size / '
         'reference batch size; shown: 1.'

@@ -69,7 +69,8 @@ class Policy:
       statistics: which statistics of the gradients it observes: none (``''``), ``'norms'`` (``variance``
         and ``squared_gradient``) or ``'inner_products'`` (all).
       max_per_device: largest microbatch, where the policy has to have one; 0 where it does not matter.
-      sets_gain: whether its decisions have a ``gain``.
+      needs_schedule: whether it goes with planned learning rates only.
+      probe_examples: length of a branch, for policies that probe.
       note: a sentence about it for people who read the plan.
     """
 
@@ -79,7 +80,8 @@ class Policy:
     may_shrink = False
     statistics = ''
     max_per_device = 0
-    sets_gain = False
+    needs_schedule = False
+    probe_examples = 0
     note = ''
 
     def initial_state(self) -> State:
@@ -88,6 +90,14 @@ class Policy:
 
     def observe(self, state: State, observation: Observation) -> State:
         """The state after one more update has been seen."""
+        return state
+
+    def probes(self, state: State, examples_seen: int) -> tuple[int, ...]:
+        """Batch sizes to train branches with before the next decision; mostly none."""
+        return ()
+
+    def probed(self, state: State, examples_seen: int, losses: dict[int, float]) -> State:
+        """The state after branches, with the training loss that each batch size ended in."""
         return state
 
     def decide(self, state: State, examples_seen: int) -> Decision:

@@ -71,11 +71,16 @@ class StatisticalPolicy(Policy):
             return state
         state = state | {'learning_rate': observation.learning_rate}
         state |= self.averaged(state, quantities, observation.batch_size)
-        if self.needs_times or self.options.min_speedup:
-            state |= {'times': _timed(state['times'], observation)}
+        state = self.with_times(state, observation)
         if observation.epoch - state['epoch'] < self.options.decision_epochs:
             return state
         return state | {'epoch': observation.epoch} | self._decision(state, observation.epoch)
+
+    def with_times(self, state: State, observation: Observation) -> State:
+        """The state with the time of one more update, where times matter."""
+        if not (self.needs_times or self.options.min_speedup):
+            return state
+        return state | {'times': _timed(state['times'], observation)}
 
     def averaged(self, state: State, quantities: dict[str, float], batch_size: int) -> State:
         """``sums`` and ``weight`` with one more update; an average is their quotient."""
