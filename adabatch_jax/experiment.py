@@ -78,6 +78,10 @@ class Experiment:
                 sizes += [size for size in policy.ladder if size < batch_size][-1:]
         return [self.eval_spec, *map(self.train_spec, sizes)]
 
+    def may_use(self, spec: steps.StepSpec) -> bool:
+        """Whether a compiled step belongs to this model and optimizer."""
+        return spec.model == self.model and spec.optimizer is self.optimizer
+
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
         """The same experiment with its batches split for a largest microbatch; 0 for no limit."""
         with user_errors('config.batch'):

@@ -169,6 +169,7 @@ def open_run(
     """
     compilation_cache.enable(config.compile.cache_dir)
     experiment = describe(config)
+    steps.CACHE.clear(keep=experiment.may_use)
     folder, host = directory / checkpoint.FOLDER, None
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)

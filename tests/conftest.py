@@ -7,6 +7,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
 
+import gc
 import pathlib
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import sys
 
 import jax
 import pytest
+
+from adabatch_jax import steps
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -27,6 +30,14 @@ def two_devices():
 def private_compilation_cache():
     yield
     shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_compiled_code_of_other_modules():
+    yield
+    steps.CACHE.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

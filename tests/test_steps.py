@@ -89,6 +89,16 @@ def numpy_gradient(params, batch):
     return {'kernel': x.T @ p / len(x), 'bias': p.mean(axis=0)}, loss.sum(), correct
 
 
+def test_a_cleared_cache_compiles_anew():
+    cache = steps.StepCache(lambda spec: steps.CompiledStep(spec, 1.0, False, 0))
+    spec = make_spec()
+    assert [cache.get(spec).compile_seconds for _ in range(2)] == [1.0, 0.0]
+    cache.clear(keep=lambda s: s == spec)
+    assert cache.get(spec).compile_seconds == 0.0
+    cache.clear()
+    assert cache.get(spec).compile_seconds == 1.0 and cache.num_compiles == 2
+
+
 @pytest.mark.parametrize('num_microbatches', [1, 2])
 def test_examples_labelled_minus_one_are_left_out_of_the_gradient_and_the_sums(num_microbatches):
     spec = make_spec(num_microbatches=num_microbatches)
