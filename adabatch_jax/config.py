@@ -59,7 +59,9 @@ def default_config() -> ml_collections.ConfigDict:
     dataset.eval_resize = 0  # pixels, shorter side before the centre crop; 0: image_size x 256 / 224
     dataset.skip_undecodable = False  # leave out encoded images that cannot be decoded, and count them
     dataset.remainder = 'carry'  # partial batch at an epoch's end: carry or drop
-    dataset.pipeline = 'tf_data'
+    # Where batches are made: tf_data, on the host; device, inside the compiled step, of data that lives
+    # on every device; auto: device for small data on an accelerator, or without TensorFlow.
+    dataset.pipeline = 'auto'
     dataset.eval_batch_size = 500  # examples over all devices; the last batch is padded and masked
     dataset.num_examples = 1024  # synthetic only: examples a split
     dataset.num_classes = 0  # 0: as many as the data has (synthetic: 10); else it must have as many
@@ -145,6 +147,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.compile = compile_ = ml_collections.ConfigDict()
     compile_.precompile = True  # compile later stages in the background
+    # Updates that one call of a compiled step makes, with pipeline device and a policy that plans; 0: on
+    # an accelerator as many as make 4,096 examples, on a CPU 1.
+    compile_.updates_per_dispatch = 0
     compile_.cache_dir = 'auto'  # persistent cache; auto: ~/.cache/adabatch_jax, '': off
 
     config.lock()
@@ -155,6 +160,7 @@ def default_config() -> ml_collections.ConfigDict:
 # work directory is continued.
 RUNTIME_KEYS = (
     'compile.precompile',
+    'compile.updates_per_dispatch',
     'compile.cache_dir',
     'dataset.pipeline',
     'dataset.eval_batch_size',
@@ -196,6 +202,7 @@ _NOT_NEGATIVE = (
     'dataset.num_classes',
     'batch.max_size',
     'batch.max_per_device',
+    'compile.updates_per_dispatch',
     'batch.min_improvement',
     'batch.critical_batch.tolerance',
     'batch.statistics.min_size',
@@ -218,7 +225,7 @@ _CHOICES = {
     'model.dtype': ('float32', 'bfloat16'),
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
-    'dataset.pipeline': ('tf_data',),
+    'dataset.pipeline': ('auto', 'tf_data', 'device'),
     'learning_rate.rule': ('schedule', 'armijo', 'barzilai_borwein'),
     'learning_rate.coupling': ('auto', 'linear', 'sqrt', 'none'),
     'divergence.action': ('stop', 'skip', 'fall_back'),

@@ -35,15 +35,15 @@ def replicate(tree: Any) -> Any:
     return copy(jax.device_put(tree, replicated()))
 
 
-def asked_to_stop(step: int, stop: threading.Event | None) -> bool:
-    """Whether to save after update ``step`` and end; the same answer in every process.
+def asked_to_stop(dispatch: int, stop: threading.Event | None) -> bool:
+    """Whether to save and end; the same answer in every process after the same dispatch.
 
     With one process: whether ``stop`` is set. With several, JAX's preemption service watches for SIGTERM
-    in each of them, and they agree on an update that none has passed yet; every process has to ask
-    after every update.
+    in each of them, and they agree on a dispatch that none has passed yet; every process has to ask
+    after every dispatch, counted without gaps.
     """
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(dispatch)
     return stop is not None and stop.is_set()
 
 
@@ -78,13 +78,19 @@ def put(batch: Any) -> Any:
     Returns:
       Global arrays ``[devices, examples of a device, ...]``; the copies run asynchronously.
     """
+    devices = jax.local_device_count()
+    return put_split(jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch))
+
+
+def put_split(batch: Any) -> Any:
+    """As ``put``, for host arrays ``[devices of this process, ...]``."""
     sharding = sharded()
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
-    def put_array(array):
-        per_device = array.reshape(jax.local_device_count(), -1, *array.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, per_device)
 
-    return jax.tree.map(put_array, batch)
+def put_everywhere(tree: Any) -> Any:
+    """Puts small host arrays on all devices, a copy on each."""
+    return jax.device_put(tree, replicated())
 
 
 def put_ahead(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:

@@ -71,7 +71,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
             raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
         state = distributed.replicate(train_state.restore(workdir, step))
     with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, run.info, run.clock)
+        pipeline = input_pipeline.create(config, run.info, run.clock, run.load)
     with contextlib.closing(pipeline), user_errors('config.dataset', DATA_ERRORS):
         result = evaluate(state, run.eval_spec, pipeline)
     epoch = run.clock.epoch(int(state.examples_seen))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +11,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from adabatch_jax import distributed, input_pipeline, models, optimizers, policies, schedules, steps
+from adabatch_jax import input_pipeline, models, optimizers, policies, schedules, steps
 from adabatch_jax.config import ConfigError, user_errors
 
+# Examples that a dispatch is filled up with on an accelerator, by several updates with small batches.
+DISPATCH_EXAMPLES = 4096
 # Images that one device is given at once; host and devices hold several such parts of a batch.
 PART_BYTES = 2**28
 
@@ -33,14 +33,15 @@ class Experiment:
     model: nn.Module
     has_batch_norm: bool
     optimizer: optax.GradientTransformation
+    load: input_pipeline.Load | None
 
-    def train_spec(self, batch_size: int) -> steps.StepSpec:
-        """The train step of a batch size."""
+    def train_spec(self, batch_size: int, num_updates: int = 1) -> steps.StepSpec:
+        """The train step of a batch size, for one update or several at once."""
         microbatch, num_microbatches = self.plan.split(batch_size)
-        # A batch whose images are too many for memory comes to the devices in parts, unless a step size
-        # is searched for on it as a whole.
+        # A batch whose images are too many for memory comes to the devices in parts, unless they are
+        # there, or a step size is searched for on it as a whole.
         fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
-        if self.config.learning_rate.rule != 'schedule':
+        if self.config.learning_rate.rule != 'schedule' or self.load:
             fit = num_microbatches
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
         return steps.StepSpec(
@@ -52,20 +53,44 @@ class Experiment:
             statistics=self.policy.statistics,
             rule=self.config.learning_rate.rule,
             fraction=batch_size / self.info.num_train,
+            load=self.load,
+            num_updates=num_updates,
         )
 
-    def stream(self, pipeline, update: schedules.Update) -> tuple[steps.CompiledStep, Iterator[Any]]:
-        """The compiled step of a batch size and its batches from an update on, the first one at hand."""
-        spec = self.train_spec(update.batch_size)
-        step = steps.CACHE.get(spec)
-        batches = distributed.put_ahead(
-            {'image': batch['image'], 'label': batch['label']}
-            for batch in pipeline.train_batches(update.start, update.batch_size, spec.num_parts)
-        )
-        batches = itertools.chain([next(batches)], batches)
-        if spec.num_parts > 1:  # one after the other: a batch is an iterator of its parts
-            return step, iter(lambda: itertools.islice(batches, spec.num_parts), None)
-        return step, batches
+    def updates_per_dispatch(self, batch_size: int) -> int:
+        """How many updates are made at once where nothing comes between them."""
+        config = self.config
+        if not (self.load and self.policy.planned) or config.learning_rate.rule != 'schedule':
+            return 1
+        if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
+            return max(1, config.compile.updates_per_dispatch)
+        return max(1, DISPATCH_EXAMPLES // batch_size)
+
+    def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
+        """The train steps of a stage, by the number of updates that they make."""
+        counts = {1, self.updates_per_dispatch(batch_size)}
+        return {count: self.train_spec(batch_size, count) for count in sorted(counts, reverse=True)}
+
+    def begin_compiling(self) -> None:
+        """Starts to compile what a new run needs first, while its data are read.
+
+        That is the step of the largest batch, where the microbatch is yet to be found, and those of the
+        first stage.
+        """
+        first = self.train_specs(self.policy.transitions[0].batch_size)
+        if not self.plan.max_per_device:
+            steps.CACHE.precompile(self.train_spec(self.plan.ladder[-1]))
+        for spec in first.values():
+            steps.CACHE.precompile(spec)
+
+    def stage_after(self, update: schedules.Update) -> schedules.Update | None:
+        """The first update of the stage that follows the one of an update, where that is planned."""
+        if not self.policy.planned:
+            return None
+        for stage in self.plan.stages:
+            if stage.start > update.start and stage.batch_size != update.batch_size:
+                return self.clock.update_at(stage.start, stage.batch_size)
+        return None
 
     def specs_after(self, batch_size: int, examples_seen: int) -> list[steps.StepSpec]:
         """The steps that a stage may need or be followed by, in the order in which they are needed."""
@@ -76,7 +101,8 @@ class Experiment:
             sizes = [size for size in policy.ladder if size > batch_size][:1]
             if policy.may_shrink:
                 sizes += [size for size in policy.ladder if size < batch_size][-1:]
-        return [self.eval_spec, *map(self.train_spec, sizes)]
+        specs = (spec for size in sizes for spec in self.train_specs(size).values())
+        return [self.eval_spec, *specs]
 
     def may_use(self, spec: steps.StepSpec) -> bool:
         """Whether a compiled step belongs to this model and optimizer."""
@@ -159,7 +185,10 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
         has_batch_norm = 'batch_stats' in check_images(model, info.image_shape)
     with user_errors('config.optimizer'):
         optimizer = optimizers.create(**config.optimizer)
-    return Experiment(config, info, clock, rate, policy, plan, model, has_batch_norm, optimizer)
+    with user_errors('config.dataset'):
+        load = input_pipeline.load_on_device(config, info)
+    parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load)
+    return Experiment(config, *parts)
 
 
 def _plan(clock, policy, learning_rate, max_per_device, microbatch_multiple) -> schedules.Plan:

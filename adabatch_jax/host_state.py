@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
-SECONDS = ('wall', 'train', 'compile', 'probe')
+SECONDS = ('wall', 'train', 'compile', 'stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
 
 
 @dataclasses.dataclass
@@ -26,7 +26,9 @@ class HostState:
       evaluation: the last one: ``step`` and ``accuracy``.
       best_accuracy: of all evaluations.
       counts: of divergence and what was done about it, and of examples in probes.
-      seconds: ``wall``, ``train``, ``compile`` and ``probe``, from the beginning of the run.
+      seconds: from the beginning of the run: ``wall``; ``train``, between the ends of updates;
+        ``compile``, on whatever thread; and ``stall`` (at the beginning of stages), ``input``, ``log``,
+        ``evaluation``, ``checkpoint`` and ``probe``, these while the devices had no update to work on.
     """
 
     schedule: dict[str, Any]

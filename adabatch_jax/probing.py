@@ -7,6 +7,17 @@ from collections.abc import Iterable
 import numpy as np
 
 from adabatch_jax import distributed, metrics
+from adabatch_jax.stream import open_stream
+
+
+def probe(run, sizes: tuple[int, ...]) -> None:
+    """Shows the policy of a run how branches with other batch sizes train from where it is."""
+    policy = run.experiment.policy
+    losses = branch_losses(run, sizes, policy.probe_examples)
+    run.host.policy = policy.probed(run.host.policy, run.examples_seen, losses)
+    run.host.counts['probe_examples'] += len(sizes) * policy.probe_examples
+    found = ', '.join(f'{loss:.4f} with {size}' for size, loss in losses.items())
+    run.display.say(f'epoch {run.epoch:.4g}: probed batch sizes, loss {found}')
 
 
 def branch_losses(run, sizes: Iterable[int], num_examples: int) -> dict[int, float]:
@@ -20,13 +31,14 @@ def branch_losses(run, sizes: Iterable[int], num_examples: int) -> dict[int, flo
 
 def _branch_loss(run, batch_size: int, num_examples: int) -> float:
     begin = run.examples_seen
-    step, batches = run.experiment.stream(run.pipeline, run.clock.update_at(begin, batch_size))
-    run.host.seconds['compile'] += step.compile_seconds
+    stream = open_stream(run.experiment, run.pipeline, run.clock.update_at(begin, batch_size))
+    run.host.seconds['compile'] += stream.compile_seconds
     state, totals = distributed.replicate(run.state), {}
     updates = run.clock.updates(begin, batch_size)
     for update in itertools.takewhile(lambda u: u.start < begin + num_examples, updates):
-        rate = np.float32(run.learning_rate(update))
-        state, sums = step(state, next(batches), rate, np.uint32(update.end))
+        scalars = np.float32(run.learning_rate(update)), np.uint32(update.end)
+        scalars = distributed.put_everywhere(scalars)
+        state, sums = stream.steps[1](state, stream.take([update]), *scalars)
         sums = {key: float(sums[key]) for key in ('loss', 'correct', 'count')}
         if update.start >= begin + num_examples // 2:
             totals = metrics.add_sums(totals, sums)

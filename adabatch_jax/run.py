@@ -2,18 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from adabatch_jax import (
+    distributed,
     metrics,
     policies,
     probing,
+    records,
     schedules,
     steps,
     terminal,
@@ -25,6 +29,7 @@ from adabatch_jax.config import changes, schedule_of
 from adabatch_jax.evaluate import evaluate
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.host_state import HostState
+from adabatch_jax.stream import InFlight, Stream, Streams, open_stream
 
 STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
 GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
@@ -32,16 +37,6 @@ GROWN = 2.0  # times the last learning rate is where a search begins after growt
 
 class Diverged(RuntimeError):
     """Loss, gradient or weights are no longer finite; the last checkpoint is from before that."""
-
-
-@dataclasses.dataclass(frozen=True)
-class InFlight:
-    """An update that was dispatched and whose sums have not been read; ``step`` counts from 1."""
-
-    step: int
-    update: schedules.Update
-    learning_rate: float
-    sums: dict[str, jax.Array]
 
 
 class Run:
@@ -59,8 +54,9 @@ class Run:
         self.examples_seen = self.previous = int(state.examples_seen)
         self.began = time.perf_counter() - host.seconds['wall']
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
-        self.step_fn: Callable | None = None
-        self.batches: Iterator[Any] = iter(())
+        self.streams = Streams(functools.partial(open_stream, experiment, pipeline))
+        self.stream: Stream | None = None
+        self.dispatches = 0  # by this process
         self.has_grown = False  # the batch of the upcoming update, from the one before it
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
@@ -83,8 +79,19 @@ class Run:
 
     def is_due(self, every_epochs: float) -> bool:
         """Whether the latest update has passed a multiple of an interval."""
+        return self._passes(every_epochs, self.previous, self.examples_seen)
+
+    def _passes(self, every_epochs: float, before: int, after: int) -> bool:
         interval = max(1, self.clock.examples(every_epochs))
-        return self.examples_seen // interval > self.previous // interval
+        return after // interval > before // interval
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the seconds of what the host does, unless the devices still work when it is done."""
+        began = time.perf_counter()
+        yield
+        if self.in_flight is None or self.in_flight.is_ready():
+            self.host.seconds[what] += time.perf_counter() - began
 
     def record(self, kind: str, step: int, examples_seen: int, **fields: Any) -> None:
         """Writes a record of a kind at a position of the run."""
@@ -99,19 +106,8 @@ class Run:
 
     def begin(self, reason: str) -> None:
         """Writes the ``session`` record: where this process takes the run up, on what, and why."""
-        if self.step:
-            reason = f'continues from the checkpoint of update {self.step}; {reason}'.removesuffix('; ')
-        if self.schedule_changes:
-            reason = f'{reason}; schedule changed: {"; ".join(self.schedule_changes)}'
-        self.record(
-            'session',
-            self.step,
-            self.examples_seen,
-            reason=reason or 'begins',
-            num_devices=jax.device_count(),
-            device=jax.devices()[0].device_kind,
-            versions=metrics.versions(),
-        )
+        reason = records.why(self, reason)
+        self.record('session', self.step, self.examples_seen, **records.session(reason or 'begins'))
         if reason:
             self.display.say(f'epoch {self.epoch:.4g}: {reason}')
 
@@ -129,24 +125,14 @@ class Run:
     def decide(self) -> None:
         """Chooses the update after the one that was dispatched last, by probes if the policy asks."""
         if sizes := self.experiment.policy.probes(self.host.policy, self.examples_seen):
-            self.probe(sizes)
+            with self.paused(), self.timed('probe'):
+                probing.probe(self, sizes)
 
         def batch_size_at(examples_seen: int) -> int:
             self.decision = self.experiment.policy.decide(self.host.policy, examples_seen)
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
-
-    def probe(self, sizes: tuple[int, ...]) -> None:
-        """Shows the policy how branches with other batch sizes train from here."""
-        policy, began = self.experiment.policy, time.perf_counter()
-        with self.paused():
-            losses = probing.branch_losses(self, sizes, policy.probe_examples)
-        self.host.policy = policy.probed(self.host.policy, self.examples_seen, losses)
-        self.host.counts['probe_examples'] += len(sizes) * policy.probe_examples
-        self.host.seconds['probe'] += time.perf_counter() - began
-        found = ', '.join(f'{loss:.4f} with {size}' for size, loss in losses.items())
-        self.display.say(f'epoch {self.epoch:.4g}: probed batch sizes, loss {found}')
 
     @property
     def changes_stage(self) -> bool:
@@ -174,47 +160,88 @@ class Run:
             return lowered * rate(epoch, update.batch_size)
         return lowered * self.decision.gain * float(rate.effective_at(epoch))
 
-    def dispatch(self) -> InFlight:
-        """Starts the next update on the devices, without waiting for it."""
-        update = self.upcoming
-        rate = given = self.learning_rate(update)
-        if self.searches and self.step:
-            given = GROWN if self.has_grown else 1.0
-        self.has_grown = False
-        clock = np.uint32(update.end)
-        self.state, sums = self.step_fn(self.state, next(self.batches), np.float32(given), clock)
-        self.step += 1
-        self.previous, self.examples_seen = self.examples_seen, update.end
-        return InFlight(self.step, update, rate, sums)
+    def ahead(self) -> list[schedules.Update]:
+        """The updates to dispatch together: the upcoming one, and more if nothing comes between."""
+        count = max(self.stream.steps)
+        updates = self.clock.updates(self.upcoming.start, self.upcoming.batch_size)
+        updates = list(itertools.islice(updates, count))
+        config, policy = self.experiment.config, self.experiment.policy
+        for before, update in itertools.pairwise(updates):
+            if (
+                update.start >= self.clock.total_examples
+                or policy.decide(self.host.policy, update.start) != self.decision
+                or self._passes(config.eval_every_epochs, before.start, before.end)
+                or self._passes(config.checkpoint_every_epochs, before.start, before.end)
+            ):
+                return updates[:1]
+        return updates
 
-    def observe(self) -> None:
-        """Waits for the update in flight, if there is one, and takes in its sums."""
-        if self.in_flight is None:
+    def dispatch(self) -> InFlight | None:
+        """Starts the next updates on the devices, without waiting for them.
+
+        Returns:
+          Those that were in flight, to be observed: never more than one dispatch is waited for.
+        """
+        updates = self.ahead()
+        rates = [self.learning_rate(update) for update in updates]
+        given = rates
+        if self.searches and self.step:
+            given = [GROWN if self.has_grown else 1.0]
+        self.has_grown = False
+        with self.timed('input'):
+            batch = self.stream.take(updates)
+        scalars = np.array(given, np.float32), np.array([u.end for u in updates], np.uint32)
+        if len(updates) == 1:
+            scalars = tuple(x[0] for x in scalars)
+        step = self.stream.steps[len(updates)]
+        self.state, sums = step(self.state, batch, *distributed.put_everywhere(scalars))
+        before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
+        self.step += len(updates)
+        self.dispatches += 1
+        self.previous = updates[-2].end if len(updates) > 1 else self.examples_seen
+        self.examples_seen = updates[-1].end
+        return before
+
+    def observe(self, flight: InFlight | None) -> None:
+        """Waits for updates that were dispatched, and takes in their sums."""
+        if flight is None:
             return
-        flight, self.in_flight = self.in_flight, None
-        sums = jax.device_get(flight.sums)
-        found = float(sums.pop('learning_rate', flight.learning_rate))
-        flight = dataclasses.replace(flight, learning_rate=found)
+        sums = {name: np.atleast_1d(x) for name, x in jax.device_get(flight.sums).items()}
         now = time.perf_counter()
-        seconds, self.mark = now - self.mark, now
+        seconds, self.mark = (now - self.mark) / len(flight.updates), now
+        for k, update in enumerate(flight.updates):
+            step, rate = flight.step + k, flight.learning_rates[k]
+            self.observe_update(step, update, rate, {name: x[k] for name, x in sums.items()}, seconds)
+
+    def observe_update(
+        self,
+        step: int,
+        update: schedules.Update,
+        learning_rate: float,
+        sums: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """Takes in the sums of one update."""
+        learning_rate = float(sums.pop('learning_rate', learning_rate))
         self.host.seconds['train'] += seconds
         self.host.window = metrics.add_sums(self.host.window, {'seconds': seconds})
         self.host.observed = {
-            'step': flight.step,
-            'examples_seen': flight.update.end,
-            'learning_rate': flight.learning_rate,
+            'step': step,
+            'examples_seen': update.end,
+            'learning_rate': learning_rate,
         }
         if sums.pop('non_finite'):
-            self.skip(flight, sums)
+            self.skip(update, sums)
         else:
-            self.take_in(flight, sums, seconds)
-        if flight.step % self.experiment.config.log_every_steps == 0:
-            self.write_window()
+            self.take_in(update, sums, seconds)
+        if step % self.experiment.config.log_every_steps == 0:
+            with self.timed('log'):
+                self.write_window()
 
-    def take_in(self, flight: InFlight, sums: dict[str, Any], seconds: float) -> None:
+    def take_in(self, update: schedules.Update, sums: dict[str, Any], seconds: float) -> None:
         """Adds the sums of an update to the window, and shows them to the policy."""
         statistics = {name: float(sums.pop(name)) for name in STATISTICS if name in sums}
-        left_out = flight.update.batch_size - sums['count']
+        left_out = update.batch_size - sums['count']
         self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
         if statistics and all(map(math.isfinite, statistics.values())):
             self.host.window = metrics.add_sums(self.host.window, {**statistics, 'measured': 1})
@@ -222,16 +249,16 @@ class Run:
         self.host.policy = self.experiment.policy.observe(
             self.host.policy,
             policies.Observation(
-                self.clock.epoch(flight.update.start),
-                flight.update.batch_size,
-                flight.learning_rate,
+                self.clock.epoch(update.start),
+                update.batch_size,
+                self.host.observed['learning_rate'],
                 float(metrics.mean_metrics(sums)['loss']),
                 seconds,
                 **statistics,
             ),
         )
 
-    def skip(self, flight: InFlight, sums: dict[str, Any]) -> None:
+    def skip(self, update: schedules.Update, sums: dict[str, Any]) -> None:
         """Counts an update whose loss, gradient or weights are not finite and which was not made.
 
         Raises:
@@ -241,8 +268,8 @@ class Run:
         loss = metrics.mean_metrics(sums)['loss']
         what = f'loss {loss:.4g}' + (', gradient or weights not finite' if math.isfinite(loss) else '')
         where = (
-            f'update {flight.step}, stage {self.host.stage}, batch size {flight.update.batch_size}, '
-            f'learning rate {flight.learning_rate:.6g}'
+            f'update {self.host.observed["step"]}, stage {self.host.stage}, batch size '
+            f'{update.batch_size}, learning rate {self.host.observed["learning_rate"]:.6g}'
         )
         self.host.counts['skipped_in_a_row'] += 1
         if options.action != 'skip' or self.host.counts['skipped_in_a_row'] > options.max_skipped:
@@ -257,51 +284,38 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Lets the update in flight end, and keeps what follows out of the training time."""
-        self.observe()
+        """Lets the updates in flight end, and keeps what follows out of the training time."""
+        flight, self.in_flight = self.in_flight, None
+        self.observe(flight)
         yield
         self.mark = time.perf_counter()
 
     def enter_stage(self) -> None:
-        """Switches to the batch size of the next update: its compiled step and its batches."""
+        """Switches to the batch size of the next update: its compiled steps and its batches."""
         update, new = self.upcoming, self.changes_stage
         with self.paused():
             if new:
                 self.write_window()
-            waiting_since = time.perf_counter()
-            self.step_fn, self.batches = self.experiment.stream(self.pipeline, update)
-            stall_seconds = time.perf_counter() - waiting_since
+            self.stream = self.streams.take(update)
+            stall_seconds = time.perf_counter() - self.mark
+        self.host.seconds['stall'] += stall_seconds
         if update.batch_size != self.host.batch_size:
             self.keep_transition(update.batch_size)
         self.has_grown = update.batch_size > self.host.batch_size
         self.host.batch_size = update.batch_size
         self.host.stage += new
-        self.host.seconds['compile'] += self.step_fn.compile_seconds
-        microbatch_size, num_microbatches = self.experiment.plan.split(update.batch_size)
-        reason = self.decision.reason
-        self.record(
-            'stage',
-            self.step,
-            self.examples_seen,
-            stage=self.host.stage,
-            batch_size=update.batch_size,
-            microbatch_size=microbatch_size,
-            num_microbatches=num_microbatches,
-            learning_rate=self.learning_rate(update),
-            compile_seconds=self.step_fn.compile_seconds,
-            stall_seconds=stall_seconds,
-            cache_hit=self.step_fn.cache_hit,
-            memory_bytes=self.step_fn.memory_bytes,
-            reason=reason if new else f'continued: {reason}',
-            **({'inputs': self.decision.inputs} if self.decision.inputs else {}),
-        )
+        self.host.seconds['compile'] += self.stream.compile_seconds
+        fields = records.stage(self, stall_seconds, continued=not new)
+        self.record('stage', self.step, self.examples_seen, **fields)
         self.display.say(
             f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {update.batch_size}, learning '
-            f'rate {self.learning_rate(update):.5g} ({reason})'
+            f'rate {self.learning_rate(update):.5g} ({self.decision.reason})'
         )
         if self.experiment.config.compile.precompile:
             for later in self.experiment.specs_after(update.batch_size, self.examples_seen):
                 steps.CACHE.precompile(later)
+            if following := self.experiment.stage_after(update):
+                self.streams.prepare(following)
 
     def keep_transition(self, batch_size: int) -> None:
         """Notes where a batch size begins, for the schedule that a replay follows."""
@@ -324,7 +338,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
-        with self.paused():
+        with self.paused(), self.timed('evaluation'):
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
         self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
         is_best = result['accuracy'] > self.host.best_accuracy
@@ -346,7 +360,7 @@ class Run:
 
     def save(self) -> None:
         """Begins to save a checkpoint; training goes on while it is written."""
-        with self.paused():
+        with self.paused(), self.timed('checkpoint'):
             evaluated = self.host.evaluation is not None and self.host.evaluation['step'] == self.step
             accuracy = self.host.evaluation['accuracy'] if evaluated else None
             try:
@@ -369,19 +383,9 @@ class Run:
         if self.host.evaluation is None or self.host.evaluation['step'] != self.step:
             self.evaluate()
         self.save()
-        summary = {
-            'updates': self.step,
-            'wall_seconds': time.perf_counter() - self.began,
-            'train_seconds': self.host.seconds['train'],
-            'compile_seconds': self.host.seconds['compile'],
-            'final_accuracy': self.host.evaluation['accuracy'],
-            'best_accuracy': self.host.best_accuracy,
-            'params_digest': train_state.params_digest(self.state),
-        }
-        summary |= {key: n for key, n in self.host.counts.items() if n and key != 'skipped_in_a_row'}
-        if probe_seconds := self.host.seconds['probe']:
-            summary['probe_seconds'] = probe_seconds
-        self.checkpointer.wait()
+        with self.timed('checkpoint'):
+            self.checkpointer.wait()
+        summary = records.summary(self)
         if not self.experiment.policy.planned:
             workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
         self.record('summary', self.step, self.examples_seen, **summary)

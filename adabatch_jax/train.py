@@ -121,11 +121,10 @@ def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dic
         return summary
     run.begin(reason)
     while run.upcoming is not None:
-        if run.step_fn is None or run.changes_stage:
+        if run.stream is None or run.changes_stage:
             run.enter_stage()
-        flight = run.dispatch()
-        run.observe()  # update k - 1, while update k runs: never more than one in flight
-        run.in_flight = flight
+        before = run.dispatch()
+        run.observe(before)  # what ran before, while this runs: never more than one in flight
         run.decide()
         if run.upcoming is None:
             break
@@ -133,7 +132,7 @@ def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dic
             run.evaluate()
         if run.is_due(config.checkpoint_every_epochs):
             run.save()
-        if distributed.asked_to_stop(run.step, stop):
+        if distributed.asked_to_stop(run.dispatches, stop):
             run.save()
             run.checkpointer.wait()
             raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
@@ -173,8 +172,10 @@ def open_run(
     folder, host = directory / checkpoint.FOLDER, None
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
+        if config.compile.precompile and not checkpoint.steps(folder):
+            experiment.begin_compiling()
         with user_errors('config.dataset'):
-            pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
+            pipeline = input_pipeline.create(config, experiment.info, experiment.clock, experiment.load)
         stack.enter_context(contextlib.closing(pipeline))
         state = train_state.create(
             experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
@@ -196,8 +197,10 @@ def open_run(
         run = Run(experiment, pipeline, writer, saver, state, _host_state(experiment, host))
         if attempt.fall_backs is not None:
             run.host.counts['fall_backs'] = attempt.fall_backs
+        stack.enter_context(contextlib.closing(run.streams))
         if config.compile.precompile and run.upcoming:
-            steps.CACHE.precompile(experiment.train_spec(run.upcoming.batch_size))
+            for spec in experiment.train_specs(run.upcoming.batch_size).values():
+                steps.CACHE.precompile(spec)
         stack.enter_context(run.display)
         with user_errors('config.dataset', DATA_ERRORS):
             yield run

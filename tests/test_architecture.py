@@ -30,7 +30,9 @@ ALLOWED = {
     },
     'gradient_statistics': set(),
     'line_search': {'gradient_statistics'},
-    'probing': {'distributed', 'metrics', 'schedules'},
+    'probing': {'distributed', 'metrics', 'schedules', 'stream'},
+    'stream': {'distributed', 'experiment', 'schedules', 'steps'},
+    'records': {'metrics', 'run'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

@@ -146,7 +146,13 @@ def tensorflow():
     if os.environ.get('TF_CPP_MIN_LOG_LEVEL') in (None, '1'):  # importing JAX sets 1
         os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'  # what matters is raised as well
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # unused here, and announced at length
-    import tensorflow
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise ValueError(
+            'this data set or pipeline needs TensorFlow, which cannot be imported; accepted without it: '
+            "digits, synthetic and npz, with dataset.pipeline 'auto' or 'device'"
+        ) from error
 
     tensorflow.config.set_visible_devices([], 'GPU')
     return tensorflow

@@ -53,33 +53,41 @@ def update_examples(
         yield from zip(*(distributed.split_parts(array, num_parts) for array in drawn), strict=True)
 
 
-def random_bits(seed: int, epochs: np.ndarray, examples: np.ndarray, draws: int) -> np.ndarray:
+def augmentation(dataset) -> tuple[int, bool]:
+    """What ``dataset.augment`` says of images in memory: pixels of padding, and whether to mirror."""
+    padding = 0 if dataset.augment == 'none' else dataset.crop_padding
+    return padding, dataset.augment == 'pad_crop_flip'
+
+
+def random_bits(seed: int, epochs, examples, draws: int, xp=np):
     """Independent uint32 draws for each (seed, epoch, example), ``[examples, draws]``.
 
     A counter-based generator: each word is mixed in with the finaliser of MurmurHash3 (Appleby,
-    public domain), in 32-bit arithmetic that NumPy, TensorFlow and a device can all do.
+    public domain), in 32-bit arithmetic, which NumPy and a device do alike.
+
+    Args:
+      seed: of 64 bits at most.
+      epochs: of each example.
+      examples: indices, of as many.
+      draws: of each.
+      xp: ``numpy``, or ``jax.numpy`` to draw inside a compiled function.
     """
     words = (seed & 0xFFFFFFFF, seed >> 32, epochs[:, None], examples[:, None], np.arange(draws))
-    state = np.zeros((len(examples), draws), np.uint32)
+    state = xp.zeros((len(examples), draws), np.uint32)
     for word in words:
-        state = (state ^ np.asarray(word, np.uint32)) + np.uint32(0x9E3779B9)
-        state ^= state >> np.uint32(16)
-        state *= np.uint32(0x85EBCA6B)
-        state ^= state >> np.uint32(13)
-        state *= np.uint32(0xC2B2AE35)
-        state ^= state >> np.uint32(16)
+        state = (state ^ xp.asarray(word, np.uint32)) + np.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            state = (state ^ (state >> np.uint32(shift))) * np.uint32(factor)
     return state
 
 
-def crop_and_flip(
-    seed: int, epochs: np.ndarray, examples: np.ndarray, padding: int, flip: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of a random crop from padded images, and which images to mirror.
+def crop_and_flip(seed: int, epochs, examples, padding: int, flip: bool, xp=np) -> tuple:
+    """Offsets of a random crop from padded images, and which images to mirror; ``xp`` as above.
 
     Returns:
       Offsets from the top and the left, int32 ``[examples, 2]`` in ``[0, 2 * padding]``, and
       mirrored, bool ``[examples]``.
     """
-    bits = random_bits(seed, epochs, examples, 3)
+    bits = random_bits(seed, epochs, examples, 3, xp)
     offsets = (bits[:, :2] % np.uint32(2 * padding + 1)).astype(np.int32)
     return offsets, (bits[:, 2] >> np.uint32(31)).astype(bool) & flip

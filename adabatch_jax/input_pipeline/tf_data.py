@@ -6,29 +6,27 @@ import numpy as np
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.input_pipeline.datasets import load_split, tensorflow
+from adabatch_jax.input_pipeline.datasets import tensorflow
+from adabatch_jax.input_pipeline.in_memory import Batch, InMemory
 
 tf = tensorflow()
 
-Batch = dict[str, np.ndarray]
 
-
-class TfDataPipeline:
+class TfDataPipeline(InMemory):
     """Training and evaluation batches of this process, from arrays in host memory."""
 
     def __init__(self, config, clock):
-        dataset = config.dataset
+        super().__init__(config)
         self._seed = config.seed
         self._clock = clock
-        self._padding = 0 if dataset.augment == 'none' else dataset.crop_padding
-        self._flip = dataset.augment == 'pad_crop_flip'
-        images, labels = load_split(dataset, dataset.train_split, config.seed)
-        self._images, self._labels = tf.constant(images), labels
-        self._eval = load_split(dataset, dataset.eval_split, config.seed)
+        self._padding, self._flip = order.augmentation(config.dataset)
+        images, self._labels = self.train
+        self._images, self.train = tf.constant(images), None
 
     def close(self) -> None:
         """Forgets the images; tf.data keeps its generators, and through them the pipeline."""
-        self._images = self._eval = None
+        super().close()
+        self._images = None
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
         """This process's share of every batch from position ``start`` on, without end.
@@ -80,25 +78,3 @@ class TfDataPipeline:
             images = tf.gather(images, rows, axis=1, batch_dims=1)
             images = tf.gather(images, offsets[:, 1:] + columns, axis=2, batch_dims=1)
         return {'image': images, 'label': labels, 'example': examples}
-
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every evaluation example once, this process's share; the last batch is padded.
-
-        Yields:
-          ``image``, ``label``, and ``mask``, float32 ``[n]``: 1 for an example, 0 for padding.
-        """
-        images, labels = self._eval
-        rows = distributed.local_rows(batch_size)
-        for start in range(0, len(labels), batch_size):
-            part = slice(start + rows.start, min(start + rows.stop, len(labels)))
-            image, label = images[part], labels[part]
-            missing = rows.stop - rows.start - len(label)
-
-            def pad(array, missing=missing):
-                return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-
-            yield {
-                'image': pad(image),
-                'label': pad(label),
-                'mask': pad(np.ones(len(label), np.float32)),
-            }

@@ -7,6 +7,7 @@ from adabatch_jax.steps.pure import (
     StepSpec,
     eval_step,
     train_step,
+    train_steps,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     'compile_step',
     'eval_step',
     'train_step',
+    'train_steps',
 ]

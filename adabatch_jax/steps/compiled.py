@@ -19,6 +19,7 @@ from adabatch_jax.steps.pure import (
     apply_gradients,
     eval_step,
     train_step,
+    train_steps,
     zero_totals,
 )
 
@@ -53,16 +54,24 @@ def _shapes(spec: StepSpec) -> tuple:
     """The shapes of a step's arguments; of the batch those of one part."""
     devices = jax.device_count()
     per_device = spec.batch_size // devices // spec.num_parts
+    updates = (spec.num_updates,) if spec.num_updates > 1 else ()
 
     def shape(dtype, *dims):
-        return jax.ShapeDtypeStruct((devices, per_device, *dims), dtype)
+        return jax.ShapeDtypeStruct((devices, *updates, per_device, *dims), dtype)
 
     batch = {'image': shape(jnp.uint8, *spec.image_shape), 'label': shape(jnp.int32)}
     state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
     if not spec.train:
         return state.variables, {**batch, 'mask': shape(jnp.float32)}
-    scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
+    if spec.load:
+        batch = {'example': shape(jnp.int32), 'epoch': shape(jnp.int32), 'data': spec.load.data_shapes()}
+    scalars = (jax.ShapeDtypeStruct(updates, dtype) for dtype in (jnp.float32, jnp.uint32))
     return state, batch, *scalars
+
+
+def _batch_axes(spec: StepSpec):
+    """Which axis of a batch's arrays is that of the devices; every device has all the data."""
+    return {'example': 0, 'epoch': 0, 'data': None} if spec.train and spec.load else 0
 
 
 class AccumulatingStep:
@@ -127,7 +136,9 @@ def compile_step(spec: StepSpec) -> CompiledStep:
     if not spec.train:
         step = _pmap(functools.partial(eval_step, spec), (None, 0))
     else:
-        step = _pmap(functools.partial(train_step, spec), (None, 0, None, None), donate=0)
+        updates = train_step if spec.num_updates == 1 else train_steps
+        axes = (None, _batch_axes(spec), None, None)
+        step = _pmap(functools.partial(updates, spec), axes, donate=0)
     in_parts = spec.num_parts > 1
     executable = AccumulatingStep(spec) if in_parts else step.lower(*_shapes(spec)).compile()
     hits, misses = (b - a for a, b in zip(before, compilation_cache.counts(), strict=True))

@@ -16,6 +16,7 @@ from adabatch_jax.train_state import TrainState
 AXIS_NAME = 'batch'  # of the mapped devices
 STATISTICS = ('', 'norms', 'inner_products')  # of the gradients of groups
 MOST_GROUPS = 8  # of a device, whose gradients are kept for inner products
+Batch = dict[str, Any]
 Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running statistics, of metrics
 
 
@@ -55,6 +56,9 @@ class StepSpec:
         ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
       rule: one of ``line_search.RULES``: where the step size comes from.
       fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
+      load: where the data set lives on the devices, what makes images and labels of it there; see
+        ``input_pipeline.device.Load``. None where batches come with their images.
+      num_updates: updates that one call of a train step makes, one after the other.
     """
 
     model: nn.Module
@@ -69,6 +73,8 @@ class StepSpec:
     statistics: str = ''
     rule: str = 'schedule'
     fraction: float = 0.0
+    load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
+    num_updates: int = 1
 
     @property
     def num_groups(self) -> int:
@@ -93,7 +99,7 @@ def _sums(logits, labels, mask):
 def train_step(
     spec: StepSpec,
     state: TrainState,
-    batch: dict[str, jax.Array],
+    batch: Batch,
     learning_rate: jax.Array,
     examples_seen: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -106,8 +112,9 @@ def train_step(
     Args:
       spec: the step's shape.
       state: replicated train state.
-      batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``; examples
-        with the label -1 are left out.
+      batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``, or what
+        ``spec.load`` makes them of: the whole data set, ``data``, and the ``example`` and ``epoch``
+        ``[n]`` to take from it. Examples with the label -1 are left out.
       learning_rate: float32 scalar of this update. With another rule than ``'schedule'`` it is where the
         search begins in the first update, and later a factor of where the last one ended.
       examples_seen: uint32 scalar, the clock after this update.
@@ -123,6 +130,28 @@ def train_step(
     if spec.rule == 'schedule':
         batch = None
     return apply_gradients(spec, state, totals, learning_rate, examples_seen, batch)
+
+
+def train_steps(
+    spec: StepSpec,
+    state: TrainState,
+    batch: Batch,
+    learning_rates: jax.Array,
+    examples_seen: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """``spec.num_updates`` updates one after the other, in one call.
+
+    A small batch keeps an accelerator busy for less time than the host takes to start its step; here the
+    host starts many updates at once. Arguments and results are those of ``train_step``, with a leading
+    axis of updates on everything but the state and ``data``.
+    """
+    data, of_updates = _apart(batch)
+
+    def update(state, given):
+        batch, learning_rate, examples_seen = given
+        return train_step(spec, state, {**batch, 'data': data}, learning_rate, examples_seen)
+
+    return lax.scan(update, state, (of_updates, learning_rates, examples_seen))
 
 
 def zero_totals(spec: StepSpec, state: TrainState) -> Totals:
@@ -143,17 +172,17 @@ def accumulate(
     spec: StepSpec,
     state: TrainState,
     totals: Totals,
-    batch: dict[str, jax.Array],
+    batch: Batch,
     first_microbatch: jax.Array,
 ) -> Totals:
     """Adds what a part of this device's share of a batch gives, microbatch by microbatch.
 
     ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before.
     """
-    loss = _microbatch_loss(spec, state)
+    loss = _microbatch_loss(spec, state, batch)
 
     def add(total, microbatch):
-        index, _, _ = microbatch
+        index, _ = microbatch
         grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, microbatch)
         if spec.statistics == 'norms':
             sums['squared_norms'] = gradient_statistics.squared_norm(grads)
@@ -167,20 +196,30 @@ def accumulate(
     return lax.scan(add, totals, _microbatches(spec, batch, first_microbatch))[0]
 
 
-def _microbatches(spec: StepSpec, batch: dict[str, jax.Array], first: jax.Array) -> tuple:
-    """Numbers, images and labels of the microbatches of a part, along a leading axis."""
+def _apart(batch: Batch) -> tuple[Any, Batch]:
+    """The data set that lives on the device, if there is one, and what is of the batch alone."""
+    return batch.get('data'), {key: value for key, value in batch.items() if key != 'data'}
+
+
+def _microbatches(spec: StepSpec, batch: Batch, first: jax.Array) -> tuple[jax.Array, Batch]:
+    """Numbers and examples of the microbatches of a part, along a leading axis."""
     n = spec.num_microbatches // spec.num_parts
-    images, labels = (batch[key].reshape(n, -1, *batch[key].shape[1:]) for key in ('image', 'label'))
-    return first + jnp.arange(n), images, labels
+    _, examples = _apart(batch)
+    return first + jnp.arange(n), {k: x.reshape(n, -1, *x.shape[1:]) for k, x in examples.items()}
 
 
-def _microbatch_loss(spec: StepSpec, state: TrainState) -> Callable:
+def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callable:
     """The mean loss over a microbatch, as a function of parameters, and what comes with it."""
     update_key = jax.random.fold_in(state.rng, state.step)
     device_key = jax.random.fold_in(update_key, lax.axis_index(AXIS_NAME))
+    data, _ = _apart(batch)
 
     def loss(params, microbatch):
-        index, images, labels = microbatch
+        index, examples = microbatch
+        if spec.load is None:
+            images, labels = examples['image'], examples['label']
+        else:
+            images, labels = spec.load(data, examples)
         variables = {'params': params, 'batch_stats': state.batch_stats}
         logits, mutated = spec.model.apply(
             variables,
@@ -201,7 +240,7 @@ def apply_gradients(
     totals: Totals,
     learning_rate: jax.Array,
     examples_seen: jax.Array,
-    batch: dict[str, jax.Array] | None = None,
+    batch: Batch | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The update from the totals of all of a batch's microbatches; see ``train_step``.
 
@@ -247,7 +286,7 @@ def _search(
     state: TrainState,
     grads: Any,
     sums: dict[str, jax.Array],
-    batch: dict[str, jax.Array],
+    batch: Batch,
     given: jax.Array,
 ) -> tuple[Any, Any, jax.Array]:
     """New parameters and optimizer state, and the step size, searched for on the batch.
@@ -259,7 +298,8 @@ def _search(
     start = jnp.where(state.step == 0, given, last * given)
     opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.ones_like(start))
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
-    microbatches, loss = _microbatches(spec, batch, jnp.int32(0)), _microbatch_loss(spec, state)
+    microbatches = _microbatches(spec, batch, jnp.int32(0))
+    loss = _microbatch_loss(spec, state, batch)
 
     def batch_loss(params):
         losses = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
@@ -308,9 +348,7 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
-def eval_step(
-    spec: StepSpec, variables: dict[str, Any], batch: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
+def eval_step(spec: StepSpec, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
     """Sums of ``loss``, ``correct`` and ``count`` over the examples whose ``mask`` is 1."""
     logits = spec.model.apply(variables, spec.normalize(batch['image']), train=False)
     return lax.psum(_sums(logits, batch['label'], batch['mask']), AXIS_NAME)

@@ -1,0 +1,114 @@
+"""Data sets that live on the devices: a batch is made of them there, inside the compiled step.
+
+The host sends which examples an update takes, and nothing else. Their order is that of the other
+pipelines, and so are their pixels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adabatch_jax import distributed
+from adabatch_jax.input_pipeline import order
+from adabatch_jax.input_pipeline.in_memory import InMemory
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Takes examples from a data set on the device and augments them.
+
+    Attributes:
+      seed: of the augmentation.
+      num_examples: in the data set.
+      image_shape: height, width, channels.
+      padding: pixels of zeros around the stored images, before a random crop.
+      flip: whether to mirror half of the images.
+    """
+
+    seed: int
+    num_examples: int
+    image_shape: tuple[int, int, int]
+    padding: int
+    flip: bool
+
+    def data_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the data set as it is stored: images with their padding, so that a crop is one copy."""
+        height, width, channels = self.image_shape
+        stored = (self.num_examples, height + 2 * self.padding, width + 2 * self.padding, channels)
+        return {
+            'image': jax.ShapeDtypeStruct(stored, jnp.uint8),
+            'label': jax.ShapeDtypeStruct((self.num_examples,), jnp.int32),
+        }
+
+    def num_bytes(self) -> int:
+        """Of a device's memory that the data set takes."""
+        return sum(x.size * x.dtype.itemsize for x in self.data_shapes().values())
+
+    def __call__(self, data: dict, examples: dict) -> tuple[jax.Array, jax.Array]:
+        """Images and labels of an epoch's examples.
+
+        Args:
+          data: arrays of ``data_shapes``.
+          examples: ``example``, indices in the data set, and ``epoch``, both int32 ``[n]``.
+
+        Returns:
+          Images uint8 ``[n, height, width, channels]`` and labels int32 ``[n]``.
+        """
+        index = examples['example']
+        offsets, mirrored = order.crop_and_flip(
+            self.seed, examples['epoch'], index, self.padding, self.flip, jnp
+        )
+
+        def crop(index, offset):
+            start = (index, *offset, 0)
+            return jax.lax.dynamic_slice(data['image'], start, (1, *self.image_shape))[0]
+
+        images = jax.vmap(crop)(index, offsets)
+        if self.flip:
+            images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return images, data['label'][index]
+
+
+class DevicePipeline(InMemory):
+    """Training batches of data that every device has; evaluation batches from the host."""
+
+    def __init__(self, config, clock, load: Load):
+        super().__init__(config)
+        self._seed, self._clock = config.seed, clock
+        images, labels = self.train
+        padding = (load.padding, load.padding)
+        images = np.pad(images, ((0, 0), padding, padding, (0, 0)))
+        self._data = jax.device_put({'image': images, 'label': labels}, distributed.replicated())
+        self.train = None
+
+    def close(self) -> None:
+        """Forgets the data."""
+        super().close()
+        self._data = None
+
+    def take(self, updates: Sequence[Any]) -> dict[str, Any]:
+        """What the train step makes the batches of some updates of.
+
+        Args:
+          updates: ``schedules.Update``s, all of one batch size.
+
+        Returns:
+          ``data``, and ``example`` and ``epoch``, int32 ``[devices, examples of a device]``; for
+          several updates ``[devices, updates, examples of a device]``.
+        """
+        rows, n = distributed.local_rows(updates[0].batch_size), self._clock.num_examples
+        drawn = [
+            order.examples_at(self._seed, n, update.start + rows.start, rows.stop - rows.start)
+            for update in updates
+        ]
+        arrays = {}
+        for name, of_updates in zip(('example', 'epoch'), zip(*drawn, strict=True), strict=True):
+            per_device = np.stack(
+                [x.reshape(jax.local_device_count(), -1) for x in of_updates], axis=1
+            ).astype(np.int32)
+            arrays[name] = per_device[:, 0] if len(updates) == 1 else per_device
+        return {**distributed.put_split(arrays), 'data': self._data}

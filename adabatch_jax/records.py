@@ -1,0 +1,69 @@
+"""The fields of the records that a run writes of itself, from where it is."""
+
+import time
+from typing import Any
+
+import jax
+
+from adabatch_jax import metrics, train_state
+
+OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+
+
+def why(run, reason: str) -> str:
+    """Why a process does not simply begin: where it continues, ``reason``, and what has changed."""
+    if run.step:
+        reason = f'continues from the checkpoint of update {run.step}; {reason}'.removesuffix('; ')
+    if run.schedule_changes:
+        reason = f'{reason}; schedule changed: {"; ".join(run.schedule_changes)}'
+    return reason
+
+
+def session(reason: str) -> dict[str, Any]:
+    """Of a ``session`` record: on what, and why."""
+    return {
+        'reason': reason,
+        'num_devices': jax.device_count(),
+        'device': jax.devices()[0].device_kind,
+        'versions': metrics.versions(),
+    }
+
+
+def stage(run, stall_seconds: float, continued: bool) -> dict[str, Any]:
+    """Of a ``stage`` record, for a run that has just entered one."""
+    update, stream, decision = run.upcoming, run.stream, run.decision
+    microbatch_size, num_microbatches = run.experiment.plan.split(update.batch_size)
+    fields = {
+        'stage': run.host.stage,
+        'batch_size': update.batch_size,
+        'microbatch_size': microbatch_size,
+        'num_microbatches': num_microbatches,
+        'updates_per_dispatch': max(stream.steps),
+        'learning_rate': run.learning_rate(update),
+        'compile_seconds': stream.compile_seconds,
+        'stall_seconds': stall_seconds,
+        'cache_hit': stream.cache_hit,
+        'memory_bytes': stream.memory_bytes,
+        'reason': f'continued: {decision.reason}' if continued else decision.reason,
+    }
+    return fields | ({'inputs': decision.inputs} if decision.inputs else {})
+
+
+def summary(run) -> dict[str, Any]:
+    """Of the ``summary`` record of a run that has ended.
+
+    Seconds of what kept the devices from training are there where there are any, and so are counts of
+    what is out of the ordinary.
+    """
+    host = run.host
+    fields = {
+        'updates': run.step,
+        'wall_seconds': time.perf_counter() - run.began,
+        'train_seconds': host.seconds['train'],
+        'compile_seconds': host.seconds['compile'],
+        'final_accuracy': host.evaluation['accuracy'],
+        'best_accuracy': host.best_accuracy,
+        'params_digest': train_state.params_digest(run.state),
+    }
+    fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS if host.seconds[key]}
+    return fields | {key: n for key, n in host.counts.items() if n and key != 'skipped_in_a_row'}

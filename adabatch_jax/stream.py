@@ -1,0 +1,110 @@
+"""What a stage trains with: its compiled steps and its batches, opened ahead; and what is in flight."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from adabatch_jax import distributed, steps
+from adabatch_jax.experiment import Experiment
+from adabatch_jax.schedules import Update
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The steps and batches of one batch size.
+
+    Attributes:
+      steps: compiled train steps by the number of updates that they make; one update is always there.
+      take: the batch of an update, or those of several as their step takes them. The updates of a
+        stream are taken in their order.
+    """
+
+    steps: dict[int, steps.CompiledStep]
+    take: Callable[[Sequence[Update]], Any]
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(step.compile_seconds for step in self.steps.values())
+
+    @property
+    def cache_hit(self) -> bool:
+        return all(step.cache_hit for step in self.steps.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        return max(step.memory_bytes for step in self.steps.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """Updates that were dispatched together and whose sums have not been read.
+
+    Attributes:
+      step: number of the first of them; the first of a run is 1.
+      updates: one after the other.
+      learning_rates: of each.
+      sums: as the train step gives them.
+    """
+
+    step: int
+    updates: list[Update]
+    learning_rates: list[float]
+    sums: dict[str, jax.Array]
+
+    def is_ready(self) -> bool:
+        """Whether the devices are done."""
+        return all(x.is_ready() for x in self.sums.values())
+
+
+def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:
+    """The stream of the stage that begins with an update; its first batches are on the devices."""
+    specs = experiment.train_specs(update.batch_size)
+    compiled = {count: steps.CACHE.get(spec) for count, spec in specs.items()}
+    if experiment.load:
+        return Stream(compiled, pipeline.take)
+    num_parts = specs[1].num_parts
+    batches = distributed.put_ahead(
+        {'image': batch['image'], 'label': batch['label']}
+        for batch in pipeline.train_batches(update.start, update.batch_size, num_parts)
+    )
+    batches = itertools.chain([next(batches)], batches)
+    if num_parts > 1:  # one after the other: a batch is an iterator of its parts
+        return Stream(compiled, lambda _: itertools.islice(batches, num_parts))
+    return Stream(compiled, lambda _: next(batches))
+
+
+class Streams:
+    """Opens the stream of the next stage in the background, while the one before it trains.
+
+    Args:
+      open_: as ``open_stream``, for an update.
+    """
+
+    def __init__(self, open_: Callable[[Update], Stream]):
+        self._open = open_
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='next-stage')
+        self._ahead: tuple[Update, concurrent.futures.Future] | None = None
+
+    def prepare(self, update: Update) -> None:
+        """Begins to open the stream that begins with an update; one at a time."""
+        self._ahead = update, self._executor.submit(self._open, update)
+
+    def take(self, update: Update) -> Stream:
+        """The stream that begins with an update, waited for where necessary.
+
+        Raises:
+          Exception: what opening it raised.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] == update:
+            return ahead[1].result()
+        return self._open(update)
+
+    def close(self) -> None:
+        """Ends the thread; what it was opening is given up where that has not begun."""
+        self._ahead = None
+        self._executor.shutdown(wait=True, cancel_futures=True)
