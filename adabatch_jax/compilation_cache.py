@@ -1,8 +1,11 @@
 """XLA's persistent compilation cache: compiled code on disk, and what was found there."""
 
+import contextlib
 import os
 import pathlib
+import tempfile
 import threading
+from collections.abc import Iterator
 
 import jax
 import jaxlib
@@ -23,6 +26,19 @@ jax.monitoring.register_event_listener(_count_event)
 def counts() -> tuple[int, int]:
     """Hits and misses of the persistent cache on this thread so far."""
     return getattr(_counts, 'cache_hits', 0), getattr(_counts, 'cache_misses', 0)
+
+
+@contextlib.contextmanager
+def empty() -> Iterator[None]:
+    """An empty cache of its own for a while, to see what compiling takes with it and without."""
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory(prefix='adabatch-compile-') as directory:
+        enable(directory)
+        try:
+            yield
+        finally:
+            jax.config.update('jax_compilation_cache_dir', before)
+            reset_cache()
 
 
 def enable(directory: str) -> None:

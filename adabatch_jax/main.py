@@ -6,17 +6,15 @@ Exit status: 0 success; 2 a mistake in config or input, told in one line on stan
 diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
 """
 
-import difflib
 import pathlib
 import signal
 import sys
 import threading
 
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from adabatch_jax import evaluate, terminal, train, workdir
-from adabatch_jax.config import ConfigError, default_config, flatten, resolve, user_errors
+from adabatch_jax import command_line, evaluate, terminal, train, workdir
+from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.metrics import read_records
 
 
@@ -42,48 +40,13 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         'checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate.', flag_values=values
     )
-    config_flags.DEFINE_config_file(
-        'config', None, 'Config file; its keys: --config.KEY=VALUE', values, sys_argv=argv
-    )
+    command_line.define_config(values, argv)
     return values
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """The parsed command line; every mistake in it is a ``ConfigError``."""
-    check_overrides(argv)
-    try:
-        values = define_flags(argv)
-        rest = values(argv)[1:]
-        if values.config is not None:
-            dict(values.config)  # a config file that failed says so at the first access
-    except (Exception, SystemExit) as error:  # a config file is the user's code: it can raise anything
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, flags.Error) and 'Traceback' not in str(error):
-            raise ConfigError(' '.join(lines)) from error
-        raise ConfigError(f'--config: {lines[-1]}') from error
-    if rest:
-        raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
-    return values
-
-
-def check_overrides(argv: list[str]) -> None:
-    """Refuses ``--config.KEY=VALUE`` of unknown keys and wrong types, more clearly than a parser."""
-    accepted = {int: 'a whole number', float: 'a number'}
-    defaults = flatten(default_config())
-    for argument in argv[1:]:
-        key, given, value = argument.lstrip('-').partition('=')
-        if not argument.startswith('-') or not key.startswith('config.'):
-            continue
-        key = key.removeprefix('config.')
-        if key not in defaults:
-            close = difflib.get_close_matches(key, defaults, n=3, cutoff=0.5) or defaults
-            raise ConfigError(f'config.{key}: unknown key; accepted: {", ".join(close)}')
-        kind = type(defaults[key])
-        try:
-            if given and kind in accepted:
-                kind(value)
-        except ValueError:
-            raise ConfigError(f'config.{key}: got {value!r}; accepted: {accepted[kind]}') from None
+    return command_line.parse(argv, define_flags)
 
 
 def run(values: flags.FlagValues) -> int:
@@ -125,19 +88,8 @@ def run(values: flags.FlagValues) -> int:
 
 
 def main(argv: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)
-    logging.set_stderrthreshold('warning')
-    if '--help' in argv or '-h' in argv:
-        print(f'{__doc__}\n{define_flags([]).get_help()}')
-        return 0
-    try:
-        return run(parse(argv))
-    except ConfigError as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
-        return 130
+    interrupted = '; the same command continues from the last checkpoint'
+    return command_line.run(argv, __doc__, define_flags, run, interrupted)
 
 
 if __name__ == '__main__':

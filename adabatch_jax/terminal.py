@@ -144,6 +144,57 @@ def print_stages(records: list[dict[str, Any]]) -> None:
     )
 
 
+def print_benchmark(measured: list, relative: list[dict], predicted: dict[str, float | None]) -> None:
+    """Prints what the benchmark measured of each batch size, and what follows for a run."""
+    table = _table(
+        'Steps', 'batch', 'split', 'dispatch', 'compile', 'cached', 'forward', '+ backward', 'step',
+        'images/s', 'input images/s', 'memory',
+    )  # fmt: skip
+    for m in measured:
+        input_speed = m.input_images_per_second
+        table.add_row(
+            f'{m.batch_size:,}',
+            f'{m.num_microbatches} x {m.microbatch_size}',
+            str(m.updates_per_dispatch),
+            f'{m.compile_seconds:.1f} s',
+            f'{m.cached_compile_seconds:.1f} s' if m.cache_hit else 'no',
+            f'{1000 * m.forward_seconds:,.1f} ms',
+            f'{1000 * m.gradient_seconds:,.1f} ms',
+            f'{1000 * m.step_seconds:,.1f} ms',
+            f'{m.images_per_second:,.0f}',
+            f'{input_speed:,.0f}' if input_speed else '-',
+            f'{m.memory_bytes / 2**20:,.0f} MiB',
+        )
+    console.print(table)
+    table = _table('Time of an epoch, times as fast', 'batch', 'forward', 'backward', 'both')
+    for row in relative:
+        times = (f'{row[key]:.2f}' for key in ('forward', 'backward', 'both'))
+        table.add_row(f'{row["batch_size"]:,}', *times)
+    console.print(table)
+    parts = [
+        f'{key} {seconds:,.0f} s' for key, seconds in predicted.items() if key != 'speedup' and seconds
+    ]
+    if predicted['speedup']:
+        parts.append(f'{predicted["speedup"]:.2f} times as fast')
+    console.print(
+        f'All updates of the run: {", ".join(parts) or "not predicted"}. split: microbatches of a '
+        'device x their examples; dispatch: updates of one call; cached: compiled again with a persistent cache'
+    )
+
+
+def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
+    """Prints where the wall time of a run went."""
+    table = _table('Wall time', 'part', 'seconds', 'share')
+    for part, share in shares.items():
+        table.add_row(part, f'{share * summary["wall_seconds"]:,.2f}', f'{share:.1%}')
+    console.print(table)
+    console.print(
+        f'{summary["updates"]:,} updates in {summary["wall_seconds"]:,.1f} s; compilation, mostly '
+        f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices waiting; stall: '
+        'at the beginning of stages; other: setting up'
+    )
+
+
 def print_evaluation(result: dict[str, Any]) -> None:
     """Prints what an evaluation of a checkpoint gave."""
     console.print(

@@ -32,15 +32,22 @@ ALLOWED = {
     'line_search': {'gradient_statistics'},
     'probing': {'distributed', 'metrics', 'schedules', 'stream'},
     'stream': {'distributed', 'experiment', 'schedules', 'steps'},
-    'records': {'metrics', 'run'},
+    'records': {'metrics', 'train_state'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',
         'memory', 'metrics', 'steps', 'train_state',
     },
-    'main': {'config', 'evaluate', 'metrics', 'terminal', 'train', 'workdir', 'distributed'},
+    'main': {
+        'command_line', 'config', 'distributed', 'evaluate', 'metrics', 'terminal', 'train', 'workdir',
+    },
+    'command_line': {'config'},
 }  # fmt: skip
-EVERYTHING_BUT = {'train': {'main', 'report'}, 'run': {'main', 'report', 'train'}}
+EVERYTHING_BUT = {
+    'train': {'main', 'report', 'benchmark'},
+    'run': {'main', 'report', 'benchmark', 'train'},
+    'benchmark': {'main', 'report'},
+}
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 

@@ -1,10 +1,19 @@
 """Pure train and evaluation steps, and the cache of compiled steps by batch size."""
 
-from adabatch_jax.steps.compiled import CACHE, CompiledStep, StepCache, compile_step
+from adabatch_jax.steps.compiled import (
+    CACHE,
+    CompiledStep,
+    StepCache,
+    batch_shapes,
+    compile_part,
+    compile_step,
+)
 from adabatch_jax.steps.pure import (
     STATISTICS,
     Normalize,
     StepSpec,
+    batch_gradient,
+    batch_loss,
     eval_step,
     train_step,
     train_steps,
@@ -17,6 +26,10 @@ __all__ = [
     'Normalize',
     'StepCache',
     'StepSpec',
+    'batch_gradient',
+    'batch_loss',
+    'batch_shapes',
+    'compile_part',
     'compile_step',
     'eval_step',
     'train_step',

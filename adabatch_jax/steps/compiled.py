@@ -6,6 +6,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,23 +51,36 @@ def _pmap(fn, in_axes, out_axes=None, donate=()):
     return jax.pmap(fn, AXIS_NAME, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
 
 
-def _shapes(spec: StepSpec) -> tuple:
-    """The shapes of a step's arguments; of the batch those of one part."""
+def batch_shapes(spec: StepSpec) -> dict[str, Any]:
+    """The shapes of a step's batch, or of one part of it, over all devices.
+
+    Every array has a leading axis of devices, but for ``data``, of which each device has all.
+    """
     devices = jax.device_count()
     per_device = spec.batch_size // devices // spec.num_parts
-    updates = (spec.num_updates,) if spec.num_updates > 1 else ()
 
     def shape(dtype, *dims):
-        return jax.ShapeDtypeStruct((devices, *updates, per_device, *dims), dtype)
+        return jax.ShapeDtypeStruct((devices, *_updates(spec), per_device, *dims), dtype)
 
+    if spec.train and spec.load:
+        data = spec.load.data_shapes()
+        return {'example': shape(jnp.int32), 'epoch': shape(jnp.int32), 'data': data}
     batch = {'image': shape(jnp.uint8, *spec.image_shape), 'label': shape(jnp.int32)}
+    return batch if spec.train else {**batch, 'mask': shape(jnp.float32)}
+
+
+def _updates(spec: StepSpec) -> tuple[int, ...]:
+    """The axis of several updates at once, if there is one."""
+    return (spec.num_updates,) if spec.num_updates > 1 else ()
+
+
+def _shapes(spec: StepSpec) -> tuple:
+    """The shapes of a step's arguments; of the batch those of one part."""
     state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
     if not spec.train:
-        return state.variables, {**batch, 'mask': shape(jnp.float32)}
-    if spec.load:
-        batch = {'example': shape(jnp.int32), 'epoch': shape(jnp.int32), 'data': spec.load.data_shapes()}
-    scalars = (jax.ShapeDtypeStruct(updates, dtype) for dtype in (jnp.float32, jnp.uint32))
-    return state, batch, *scalars
+        return state.variables, batch_shapes(spec)
+    scalars = (jax.ShapeDtypeStruct(_updates(spec), dtype) for dtype in (jnp.float32, jnp.uint32))
+    return state, batch_shapes(spec), *scalars
 
 
 def _batch_axes(spec: StepSpec):
@@ -145,6 +159,13 @@ def compile_step(spec: StepSpec) -> CompiledStep:
     memory_bytes = _memory_bytes(executable)
     seconds = time.perf_counter() - start
     return CompiledStep(executable, seconds, hits > 0 and misses == 0, memory_bytes)
+
+
+def compile_part(spec: StepSpec, part: Callable) -> Callable:
+    """Compiles ``part(spec, state, batch)`` of a train step by itself, such as ``batch_gradient``."""
+    state, batch, *_ = _shapes(spec)
+    step = _pmap(functools.partial(part, spec), (None, _batch_axes(spec)))
+    return step.lower(state, batch).compile()
 
 
 class StepCache:

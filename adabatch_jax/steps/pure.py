@@ -1,6 +1,7 @@
 """Pure train and evaluation steps, as each device runs them inside a map over ``'batch'``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,21 @@ def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callabl
     return loss
 
 
+def batch_loss(spec: StepSpec, state: TrainState, batch: Batch, params: Any = None) -> jax.Array:
+    """Mean training loss over the global batch, with ``params`` instead of the state's if given."""
+    loss = _microbatch_loss(spec, state, batch)
+    params = state.params if params is None else params
+    microbatches = _microbatches(spec, batch, jnp.int32(0))
+    losses = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
+    return lax.pmean(jnp.mean(losses), AXIS_NAME)
+
+
+def batch_gradient(spec: StepSpec, state: TrainState, batch: Batch) -> Any:
+    """The mean gradient over the global batch."""
+    totals = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
+    return _mean_gradient(spec, totals[0])
+
+
 def apply_gradients(
     spec: StepSpec,
     state: TrainState,
@@ -298,15 +314,9 @@ def _search(
     start = jnp.where(state.step == 0, given, last * given)
     opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.ones_like(start))
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
-    microbatches = _microbatches(spec, batch, jnp.int32(0))
-    loss = _microbatch_loss(spec, state, batch)
-
-    def batch_loss(params):
-        losses = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
-        return lax.pmean(jnp.mean(losses), AXIS_NAME)
-
     slope = gradient_statistics.inner_product(grads, direction)
-    size = line_search.armijo(batch_loss, state.params, direction, slope, start)
+    loss = functools.partial(batch_loss, spec, state, batch)
+    size = line_search.armijo(loss, state.params, direction, slope, start)
     step = jax.tree.map(lambda d: size * d, direction)
     params = optax.apply_updates(state.params, step)
     following = size

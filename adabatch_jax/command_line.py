@@ -1,0 +1,86 @@
+"""What all commands share: flags and config from a command line, and mistakes as one line."""
+
+import difflib
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from adabatch_jax.config import ConfigError, default_config, flatten
+
+
+def define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    """Adds ``--config=FILE`` and ``--config.KEY=VALUE``."""
+    config_flags.DEFINE_config_file(
+        'config', None, 'Config file; its keys: --config.KEY=VALUE', values, sys_argv=argv
+    )
+
+
+def parse(argv: list[str], define_flags: Callable[[list[str]], flags.FlagValues]) -> flags.FlagValues:
+    """The parsed command line; every mistake in it is a ``ConfigError``."""
+    check_overrides(argv)
+    try:
+        values = define_flags(argv)
+        rest = values(argv)[1:]
+        if values.config is not None:
+            dict(values.config)  # a config file that failed says so at the first access
+    except (Exception, SystemExit) as error:  # a config file is the user's code: it can raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, flags.Error) and 'Traceback' not in str(error):
+            raise ConfigError(' '.join(lines)) from error
+        raise ConfigError(f'--config: {lines[-1]}') from error
+    if rest:
+        raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
+    return values
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Refuses ``--config.KEY=VALUE`` of unknown keys and wrong types, more clearly than a parser."""
+    accepted = {int: 'a whole number', float: 'a number'}
+    defaults = flatten(default_config())
+    for argument in argv[1:]:
+        key, given, value = argument.lstrip('-').partition('=')
+        if not argument.startswith('-') or not key.startswith('config.'):
+            continue
+        key = key.removeprefix('config.')
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=3, cutoff=0.5) or defaults
+            raise ConfigError(f'config.{key}: unknown key; accepted: {", ".join(close)}')
+        kind = type(defaults[key])
+        try:
+            if given and kind in accepted:
+                kind(value)
+        except ValueError:
+            raise ConfigError(f'config.{key}: got {value!r}; accepted: {accepted[kind]}') from None
+
+
+def run(
+    argv: list[str],
+    doc: str,
+    define_flags: Callable[[list[str]], flags.FlagValues],
+    command: Callable[[flags.FlagValues], int],
+    interrupted: str = '',
+) -> int:
+    """Does what a command line says; returns the exit status.
+
+    Args:
+      argv: with the name of the command first.
+      doc: what ``--help`` says before it lists the flags.
+      define_flags: the command's flags, fresh for every call.
+      command: what to do; returns the exit status.
+      interrupted: what to say after an interrupt from the keyboard.
+    """
+    logging.set_verbosity(logging.WARNING)
+    logging.set_stderrthreshold('warning')
+    if '--help' in argv or '-h' in argv:
+        print(f'{doc}\n{define_flags([]).get_help()}')
+        return 0
+    try:
+        return command(parse(argv, define_flags))
+    except ConfigError as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'interrupted{interrupted}', file=sys.stderr)
+        return 130
