@@ -1,5 +1,6 @@
 """XLA's persistent compilation cache: compiled code on disk, and what was found there."""
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -11,13 +12,17 @@ import jax
 import jaxlib
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-_counts = threading.local()
+NAMES = ('cache_hits', 'cache_misses')
+_of_thread, _of_process = threading.local(), collections.Counter()
+_lock = threading.Lock()
 
 
 def _count_event(event: str, **_) -> None:
-    for name in ('cache_hits', 'cache_misses'):
+    for name in NAMES:
         if event == f'/jax/compilation_cache/{name}':
-            setattr(_counts, name, getattr(_counts, name, 0) + 1)
+            setattr(_of_thread, name, getattr(_of_thread, name, 0) + 1)
+            with _lock:
+                _of_process[name] += 1
 
 
 jax.monitoring.register_event_listener(_count_event)
@@ -25,7 +30,12 @@ jax.monitoring.register_event_listener(_count_event)
 
 def counts() -> tuple[int, int]:
     """Hits and misses of the persistent cache on this thread so far."""
-    return getattr(_counts, 'cache_hits', 0), getattr(_counts, 'cache_misses', 0)
+    return tuple(getattr(_of_thread, name, 0) for name in NAMES)
+
+
+def totals() -> tuple[int, int]:
+    """Hits and misses of the persistent cache on all threads so far."""
+    return tuple(_of_process[name] for name in NAMES)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from adabatch_jax import metrics, train_state
+from adabatch_jax import compilation_cache, metrics, train_state
 
 OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
 
@@ -52,8 +52,9 @@ def stage(run, stall_seconds: float, continued: bool) -> dict[str, Any]:
 def summary(run) -> dict[str, Any]:
     """Of the ``summary`` record of a run that has ended.
 
-    Seconds of what kept the devices from training are there where there are any, and so are counts of
-    what is out of the ordinary.
+    ``cache_hits`` and ``cache_misses`` count what this process found in the persistent cache of compiled
+    code, and what it compiled. Seconds of what kept the devices from training, and counts of
+    what is out of the ordinary, are there where there are any.
     """
     host = run.host
     fields = {
@@ -65,5 +66,6 @@ def summary(run) -> dict[str, Any]:
         'best_accuracy': host.best_accuracy,
         'params_digest': train_state.params_digest(run.state),
     }
+    fields |= dict(zip(compilation_cache.NAMES, compilation_cache.totals(), strict=True))
     fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS if host.seconds[key]}
     return fields | {key: n for key, n in host.counts.items() if n and key != 'skipped_in_a_row'}

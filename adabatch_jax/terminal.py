@@ -140,7 +140,8 @@ def print_stages(records: list[dict[str, Any]]) -> None:
     console.print(
         f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
         f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
-        f'{end["best_accuracy"]:.2%}'
+        f'{end["best_accuracy"]:.2%}; compiled by this process: {end["cache_misses"]}, from the '
+        f'persistent cache: {end["cache_hits"]}'
     )
 
 
@@ -178,7 +179,8 @@ def print_benchmark(measured: list, relative: list[dict], predicted: dict[str, f
         parts.append(f'{predicted["speedup"]:.2f} times as fast')
     console.print(
         f'All updates of the run: {", ".join(parts) or "not predicted"}. split: microbatches of a '
-        'device x their examples; dispatch: updates of one call; cached: compiled again with a persistent cache'
+        'device x their examples; dispatch: updates of one call; cached: compiled again with a '
+        'persistent cache'
     )
 
 
@@ -190,8 +192,8 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f'{summary["updates"]:,} updates in {summary["wall_seconds"]:,.1f} s; compilation, mostly '
-        f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices waiting; stall: '
-        'at the beginning of stages; other: setting up'
+        f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
+        'waiting; stall: at the beginning of stages; other: setting up'
     )
 
 

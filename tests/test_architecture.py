@@ -32,7 +32,7 @@ ALLOWED = {
     'line_search': {'gradient_statistics'},
     'probing': {'distributed', 'metrics', 'schedules', 'stream'},
     'stream': {'distributed', 'experiment', 'schedules', 'steps'},
-    'records': {'metrics', 'train_state'},
+    'records': {'compilation_cache', 'metrics', 'train_state'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

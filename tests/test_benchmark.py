@@ -1,0 +1,131 @@
+"""The benchmark: what it writes, its arithmetic, and mistakes."""
+
+import json
+import math
+import pathlib
+
+import pytest
+from test_train import tiny
+
+from adabatch_jax import benchmark, metrics, train
+
+CONFIG = pathlib.Path(__file__).parent / 'small_run.py'
+
+
+def measured(batch_size, forward, gradient, step):
+    return benchmark.Measured(
+        batch_size, batch_size, 1, 1, 2.0, 0.5, True, 0, forward, gradient, step, batch_size / step
+    )
+
+
+def test_relative_epochs_are_seconds_an_image_over_those_of_the_first_batch_size():
+    rows = benchmark.relative_epochs([measured(10, 1.0, 3.0, 4.0), measured(40, 2.0, 4.0, 6.0)])
+    # An image takes 0.1 + 0.2 s with the first, and 0.05 + 0.05 s with the second.
+    assert rows[0] == {'batch_size': 10, 'forward': 1.0, 'backward': 1.0, 'both': 1.0}
+    expected = {'batch_size': 40, 'forward': 2.0, 'backward': 4.0, 'both': 3.0}
+    assert rows[1] == pytest.approx(expected)
+
+
+def test_predicted_seconds_are_those_of_all_updates_of_the_plan():
+    plan = train.plan(tiny())  # 13, 6 and 4 updates with 8, 16 and 32
+    assert [stage.num_updates for stage in plan.stages] == [13, 6, 4]
+    of = [measured(8, 1, 2, 3.0), measured(16, 1, 2, 5.0), measured(32, 1, 2, 7.0)]
+    assert benchmark.predicted_seconds(plan, of) == 13 * 3 + 6 * 5 + 4 * 7
+    assert benchmark.predicted_seconds(plan, of[:2]) is None
+
+
+def test_the_control_of_a_prediction_has_the_first_batch_size_throughout():
+    config = tiny()
+    of = [measured(8, 1, 2, 3.0), measured(16, 1, 2, 5.0), measured(32, 1, 2, 7.0)]
+    found = benchmark.prediction(config, train.fitted(config), of)
+    assert found['fixed'] == 38 * 3  # 300 examples
+    assert found['speedup'] == found['fixed'] / found['adaptive']
+    config.batch.policy = 'noise_scale'
+    assert benchmark.prediction(config, train.fitted(config), of)['adaptive'] is None
+
+
+def test_shares_of_the_wall_time_add_up():
+    summary = {'wall_seconds': 10.0, 'train_seconds': 7.0, 'input_seconds': 0.5, 'log_seconds': 0.25}
+    found = benchmark.shares(summary | {'stall_seconds': 1.0, 'evaluation_seconds': 0.5})
+    assert found['steps'] == 0.625 and found['stall'] == 0.1 and found['checkpoint'] == 0
+    assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--batch_sizes=8,32'],
+        ['--input=real'],
+        ['--config.dataset.pipeline=device', '--config.compile.updates_per_dispatch=2', '--input=real'],
+        ['--config.dataset.pipeline=device', '--config.compile.updates_per_dispatch=2'],
+        ['--config.batch.max_per_device=2'],
+    ],
+    ids=' '.join,
+)
+def test_results_are_whole_and_consistent(arguments, tmp_path, capsys):
+    file = tmp_path / 'result.json'
+    command = ['benchmark', f'--config={CONFIG}', f'--json={file}', '--repeats=1', *arguments]
+    assert benchmark.main(command) == 0
+    result = json.loads(file.read_text())
+    sizes = [8, 32] if '8,32' in arguments[0] else [8, 16]
+    assert [m['batch_size'] for m in result['batch_sizes']] == sizes
+    for m in result['batch_sizes']:
+        assert m['images_per_second'] == pytest.approx(m['batch_size'] / m['step_seconds'])
+        assert all(m[f'{part}_seconds'] > 0 for part in ('forward', 'gradient', 'step', 'compile'))
+        assert m['microbatch_size'] * m['num_microbatches'] * 2 == m['batch_size']
+        assert ('--input=real' in arguments) == (m['input_images_per_second'] is not None)
+    assert (result['predicted_seconds']['adaptive'] is None) == (sizes == [8, 32])
+    shown = capsys.readouterr().out
+    assert 'images/s' in shown and 'Time of an epoch' in shown
+
+
+def test_a_batch_that_comes_in_parts_is_timed_as_a_whole(tmp_path, monkeypatch):
+    from adabatch_jax import experiment
+
+    monkeypatch.setattr(experiment, 'PART_BYTES', 2 * 8 * 8 * 3)
+    file = tmp_path / 'result.json'
+    command = ['benchmark', f'--config={CONFIG}', f'--json={file}', '--repeats=1', '--batch_sizes=16']
+    for source in ('synthetic', 'real'):
+        chosen = [f'--input={source}', '--config.batch.max_per_device=2']
+        assert benchmark.main([*command, *chosen]) == 0
+        (m,) = json.loads(file.read_text())['batch_sizes']
+        assert m['num_microbatches'] == 4 and math.isfinite(m['step_seconds'])
+
+
+def test_a_run_tells_where_its_time_went(tmp_path, capsys):
+    file = tmp_path / 'result.json'
+    assert benchmark.main(['benchmark', f'--config={CONFIG}', '--run', f'--json={file}']) == 0
+    result = json.loads(file.read_text())
+    assert sum(result['shares'].values()) == pytest.approx(1, abs=0.02)
+    assert result['shares']['steps'] > 0 and result['shares']['evaluation'] > 0
+    assert [stage['batch_size'] for stage in result['stages']] == [8, 16]
+    assert 'Wall time' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ([], '--config: missing'),
+        ([f'--config={CONFIG}', '--batch_sizes=8,x'], "--batch_sizes: got 'x'"),
+        ([f'--config={CONFIG}', '--batch_sizes=3'], "--batch_sizes: got '3'"),
+        ([f'--config={CONFIG}', '--json=nowhere/x.json'], "--json: got 'nowhere/x.json'"),
+        ([f'--config={CONFIG}', '--input=none'], 'input'),
+        ([f'--config={CONFIG}', '--repeats=0'], 'repeats'),
+        ([f'--config={CONFIG}', '--config.model.nam=x'], 'config.model.nam: unknown key'),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
+    assert benchmark.main(['benchmark', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error and len(error.splitlines()) == 1
+
+
+def test_the_final_summary_counts_what_kept_the_devices_waiting(tmp_path):
+    train.train(tiny(num_epochs=1.0), tmp_path)
+    summary = metrics.read_records(tmp_path)[-1]
+    assert {
+        'stall_seconds',
+        'input_seconds',
+        'evaluation_seconds',
+        'checkpoint_seconds',
+    } <= summary.keys()

@@ -1,0 +1,176 @@
+"""What must not happen while a run trains, counted: compiles, dispatches, transfers, late beginnings."""
+
+import contextlib
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from test_train import of_kind, tiny
+
+from adabatch_jax import compilation_cache, distributed, run, steps, stream, train
+
+DEVICE = {'dataset.pipeline': 'device'}
+SEVERAL = DEVICE | {'compile.updates_per_dispatch': 4}
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """The loop of a run, in which every transfer has to be asked for."""
+    original = train.loop
+
+    def loop(*args):
+        with jax.transfer_guard('disallow'):
+            return original(*args)
+
+    monkeypatch.setattr(train, 'loop', loop)
+
+
+@pytest.mark.parametrize('changes', [{}, DEVICE, SEVERAL], ids=['tf_data', 'device', 'several'])
+def test_the_loop_makes_no_transfer_that_it_does_not_ask_for(guarded, tmp_path, changes):
+    train.train(tiny(**changes), tmp_path)
+
+
+def test_the_guard_sees_a_number_that_is_passed_to_a_step(guarded, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, 'put_everywhere', lambda scalars: scalars)
+    with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+        train.train(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize('changes', [{}, DEVICE, SEVERAL], ids=['tf_data', 'device', 'several'])
+def test_a_dispatch_sends_one_batch_and_fetches_once(tmp_path, monkeypatch, changes):
+    counts = dict.fromkeys(('dispatch', 'fetch', 'scalars'), 0)
+
+    def counted(owner, name, what):
+        original = getattr(owner, name)
+
+        def function(*args, **kwargs):
+            counts[what] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, function)
+
+    counted(run.Run, 'dispatch', 'dispatch')
+    monkeypatch.setattr(run.jax, 'device_get', jax.device_get)
+    config = tiny(**changes | {'eval_every_epochs': 100.0, 'checkpoint_every_epochs': 100.0})
+    monkeypatch.setattr(run.Run, 'evaluate', lambda self: stop(self))
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    counted(run.distributed, 'put_everywhere', 'scalars')
+    counted(jax, 'device_get', 'fetch')
+    with contextlib.suppress(KeyboardInterrupt):
+        train.train(config, tmp_path)
+    updates = 23 if changes is not SEVERAL else None
+    assert counts['dispatch'] == counts['fetch'] == counts['scalars'] == (updates or counts['dispatch'])
+    if changes is SEVERAL:
+        assert counts['dispatch'] < 23
+
+
+def test_each_step_of_a_plan_is_compiled_once_and_never_by_the_loop(tmp_path, monkeypatch):
+    steps.CACHE.clear()
+    threads = []
+    original = steps.CACHE._compile_step
+
+    def compile_step(spec):
+        threads.append(run.steps.compiled.threading.current_thread().name)
+        return original(spec)
+
+    monkeypatch.setattr(steps.CACHE, '_compile_step', compile_step)
+    train.train(tiny(**SEVERAL), tmp_path)
+    # Three batch sizes, each for one update and for four, and the evaluation.
+    assert len(threads) == 7
+    assert all(name.startswith('compile') for name in threads)
+
+
+@pytest.mark.parametrize('changes', [{}, DEVICE], ids=['tf_data', 'device'])
+def test_every_planned_stage_is_opened_before_it_begins(tmp_path, monkeypatch, changes):
+    taken = []
+    original = stream.Streams.take
+
+    def take(self, update):
+        taken.append(self._ahead is not None and self._ahead[0] == update)
+        return original(self, update)
+
+    monkeypatch.setattr(stream.Streams, 'take', take)
+    train.train(tiny(**changes), tmp_path)
+    assert taken == [False, True, True]
+
+
+def test_a_stage_that_could_not_be_opened_ahead_says_why_where_it_is_needed():
+    calls = []
+
+    def failing(update):
+        calls.append(update)
+        raise ValueError('no such data')
+
+    streams = stream.Streams(failing)
+    streams.prepare('next')
+    with pytest.raises(ValueError, match='no such data'):
+        streams.take('next')
+    streams.prepare('planned')
+    with pytest.raises(ValueError, match='no such data'):
+        streams.take('decided otherwise')
+    streams.close()
+    assert calls.count('decided otherwise') == 1
+
+
+def test_a_second_run_of_a_config_compiles_nothing(command_line, tmp_path):
+    """In a process of its own each, on machines where the persistent cache works."""
+    config = tiny(**DEVICE)
+    (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+    code = (
+        'import json, sys\n'
+        'from adabatch_jax import train\n'
+        'from adabatch_jax.config import from_json\n'
+        'config = from_json(open(sys.argv[1]).read())\n'
+        'print(json.dumps(train.train(config, sys.argv[2])))\n'
+    )
+    environment = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(tmp_path / 'cache')
+    try:
+        results = [
+            command_line('-c', code, tmp_path / 'config.json', tmp_path / name, module=None)
+            for name in ('first', 'second')
+        ]
+    finally:
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = environment
+    assert all(result.returncode == 0 for result in results), results[0].stderr
+    first, second = (json.loads(result.stdout.splitlines()[-1]) for result in results)
+    assert first['cache_misses'] > 0 and not any(
+        r['cache_hit'] for r in of_kind(tmp_path / 'first', 'stage')
+    )
+    if not second['cache_hits']:
+        pytest.skip('this CPU rejects reloaded executables')
+    assert second['cache_misses'] == 0
+    assert all(r['cache_hit'] for r in of_kind(tmp_path / 'second', 'stage'))
+
+
+def test_time_counts_only_where_the_devices_had_nothing_to_do(tmp_path):
+    """What the host does beside a step that still runs costs nothing."""
+
+    class Working:
+        def __init__(self, ready):
+            self.ready = ready
+
+        def is_ready(self):
+            return self.ready
+
+    host = run.HostState({}, {})
+    counted = object.__new__(run.Run)
+    counted.host = host
+    for flight, expected in ((Working(False), False), (Working(True), True), (None, True)):
+        host.seconds['log'] = 0.0
+        counted.in_flight = flight
+        with counted.timed('log'):
+            np.ones(1000).sum()
+        assert (host.seconds['log'] > 0) == expected
+
+
+def test_hits_and_misses_are_counted_over_all_threads():
+    before = compilation_cache.totals()
+    jax.jit(lambda x: x * 3 + 1).lower(np.ones(7)).compile()
+    hits, misses = (b - a for a, b in zip(before, compilation_cache.totals(), strict=True))
+    assert hits + misses == 1
