@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import experiment, input_pipeline, train
+from adabatch_jax import distributed, experiment, input_pipeline, steps, train, train_state
 from adabatch_jax.config import ConfigError, default_config, resolve
 
 DEVICE = {'dataset.pipeline': 'device'}
@@ -79,11 +79,8 @@ def test_several_updates_at_once_give_the_weights_of_one_after_the_other():
 
     def fresh():
         shape = parts.info.image_shape
-        return experiment.distributed.replicate(
-            experiment.train_state.create(parts.model, parts.optimizer, shape)
-        )
+        return distributed.replicate(train_state.create(parts.model, parts.optimizer, shape))
 
-    steps = experiment.steps
     one, several = (steps.compile_step(spec) for _, spec in sorted(parts.train_specs(8).items()))
     state, losses = fresh(), []
     for update, rate, clock in zip(updates, rates, clocks, strict=True):
@@ -149,6 +146,7 @@ def test_images_that_stay_on_disk_are_refused(tmp_path):
     config = default_config()
     config.dataset.update(dict(name='image_folder', data_dir=str(tmp_path), pipeline='device'))
     config.dataset.update(dict(eval_split='train', augment='none'))
+    config.batch.update(dict(policy='fixed', base_size=2))
     with pytest.raises(
         ConfigError, match="config.dataset.pipeline: got 'device'; accepted for image_fo"
     ):
@@ -156,12 +154,12 @@ def test_images_that_stay_on_disk_are_refused(tmp_path):
 
 
 WITHOUT_TENSORFLOW = """
-import sys
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition('.')[0] in ('tensorflow', 'tensorflow_datasets'):
-            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
-sys.meta_path.insert(0, Blocked())
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+original = finder.find_spec
+def find_spec(name, *args):
+    return None if name in ('tensorflow', 'tensorflow_datasets') else original(name, *args)
+finder.find_spec = find_spec
 from adabatch_jax import main
 status = main.main(['main', *sys.argv[1:]])
 assert not any(name.startswith('tensorflow') for name in sys.modules)

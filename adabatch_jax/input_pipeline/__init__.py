@@ -51,17 +51,9 @@ def load_on_device(config, info: DatasetInfo) -> Load | None:
             f"pipeline: got 'device'; accepted for {dataset.name}: tf_data (its images stay on disk)"
         )
     load = Load(config.seed, info.num_train, info.image_shape, *order.augmentation(dataset))
-    if dataset.pipeline == 'auto' and _has_tensorflow():
+    if dataset.pipeline == 'auto' and importlib.util.find_spec('tensorflow') is not None:
         return load if jax.default_backend() != 'cpu' and load.num_bytes() <= DEVICE_BYTES else None
     return load
-
-
-def _has_tensorflow() -> bool:
-    """Whether it is installed; it is not imported for that."""
-    try:
-        return importlib.util.find_spec('tensorflow') is not None
-    except (ImportError, ValueError):  # it is kept from being imported
-        return False
 
 
 def create(config, info: DatasetInfo, clock, load: Load | None = None):

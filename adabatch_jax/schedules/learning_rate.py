@@ -105,8 +105,10 @@ class LearningRate:
         at epoch 60 of ImageNet would round to the decay, and the question would queue behind the
         training step on an accelerator.
         """
-        with jax.enable_x64(True), jax.default_device(_host_device()):
-            return np.asarray(self._compiled(np.asarray(epoch, np.float64)))
+        host = _host_device()
+        with jax.enable_x64(True), jax.default_device(host):
+            epoch = jax.device_put(np.asarray(epoch, np.float64), host)
+            return np.asarray(jax.device_get(self._compiled(epoch)))
 
     @property
     def _compiled(self):
