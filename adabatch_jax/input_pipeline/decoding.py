@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import re
@@ -15,6 +16,10 @@ from adabatch_jax.input_pipeline.datasets import DataError, open_split, tensorfl
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 
 tf = tensorflow()
+# Several images are decoded at once already. Kernels that split the work of one over threads as well
+# wait for each other longer than a small image takes.
+with contextlib.suppress(RuntimeError):  # TensorFlow has been used in this process before
+    tf.config.threading.set_intra_op_parallelism_threads(1)
 
 Batch = dict[str, np.ndarray]
 Part = tuple[np.ndarray, np.ndarray]  # indices of examples, -1 for padding, and their epochs
