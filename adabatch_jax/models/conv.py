@@ -40,8 +40,31 @@ _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 _CHUNK_ACTIVATIONS = 2**19
 
 
+def rows_first() -> bool:
+    """Whether images are ``[height, width, batch, channels]`` inside a model: on the CPU."""
+    return jax.default_backend() == 'cpu'
+
+
+def batch_axis() -> int:
+    return 2 if rows_first() else 0
+
+
+def spatial_axes() -> tuple[int, int]:
+    return (0, 1) if rows_first() else (1, 2)
+
+
+def enter(images: jax.Array) -> jax.Array:
+    """Images ``[batch, height, width, channels]`` in the layout that models compute in."""
+    return jnp.transpose(images, (1, 2, 0, 3)) if rows_first() else images
+
+
+def leave(x: jax.Array) -> jax.Array:
+    """The inverse of ``enter``."""
+    return jnp.transpose(x, (2, 0, 1, 3)) if rows_first() else x
+
+
 class Conv(nn.Module):
-    """2-D convolution of images ``[batch, height, width, channels]``.
+    """2-D convolution of images in the layout of the backend, see ``enter``.
 
     Attributes:
       features: output channels.
@@ -65,7 +88,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-        convolve = _convolve_cpu if jax.default_backend() == 'cpu' else _convolve
+        convolve = _convolve_rows if rows_first() else _convolve
         x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), tuple(self.strides), self.padding)
         if self.use_bias:
             bias = self.param('bias', self.bias_init, (self.features,), jnp.float32)
@@ -75,11 +98,6 @@ class Conv(nn.Module):
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: int) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * 2, dimension_numbers=_LAYOUT)
-
-
-def _convolve_cpu(x, kernel, strides, padding):
-    x = jnp.transpose(x, (1, 2, 0, 3))
-    return jnp.transpose(_convolve_rows(x, kernel, strides, padding), (2, 0, 1, 3))
 
 
 def _convolve_rows(x, kernel, strides, padding):
@@ -110,18 +128,22 @@ def _sum_of_products(x, kernel, strides, padding, outputs):
 
 def _strided(x, kernel, strides, padding, outputs):
     """With stride 1: each block of ``strides`` pixels becomes the channels of one pixel."""
-    (down, across), (height, width, channels, features) = strides, kernel.shape
-    rows, columns = -(-height // down), -(-width // across)  # of the kernel, in blocks
-    # as many pixels as the outputs see, and no more
-    blocks = outputs[0] + rows - 1, outputs[1] + columns - 1
-    x = _fit(x, 0, padding, blocks[0] * down)
-    x = _fit(x, 1, padding, blocks[1] * across)
-    x = x.reshape(blocks[0], down, blocks[1], across, -1, channels)
-    x = x.transpose(0, 2, 4, 1, 3, 5).reshape(*blocks, x.shape[4], -1)
-    kernel = _fit(_fit(kernel, 0, 0, rows * down), 1, 0, columns * across)
-    kernel = kernel.reshape(rows, down, columns, across, channels, features)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(rows, columns, -1, features)
-    return _convolve_dense(x, kernel, ((0, 0), (0, 0)))
+    pads, blocks = [], []
+    for axis, (k, stride, out) in enumerate(zip(kernel.shape, strides, outputs, strict=False)):
+        low = -(-padding // stride)  # blocks before the images, which thus need not be moved
+        shift = low * stride - padding
+        size = -(-(shift + k) // stride)
+        kernel = _fit(kernel, axis, shift, size * stride)
+        pads.append((low, 0))
+        x = _fit(x, axis, 0, (out + size - 1 - low) * stride)  # all that the outputs see, and no more
+        blocks.append((x.shape[axis] // stride, stride, size))
+    (rows, down, tall), (columns, across, wide) = blocks
+    x = x.reshape(rows, down, columns, across, *x.shape[2:]).transpose(0, 2, 4, 1, 3, 5)
+    kernel = kernel.reshape(tall, down, wide, across, *kernel.shape[2:]).transpose(0, 2, 1, 3, 4, 5)
+    features = kernel.shape[-1]
+    return _convolve_dense(
+        x.reshape(*x.shape[:3], -1), kernel.reshape(tall, wide, -1, features), tuple(pads)
+    )
 
 
 def _fit(x, axis, low, size):
