@@ -11,8 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.conv import Conv
-from adabatch_jax.models.layers import Classifier, norm_layer, torch_uniform
+from adabatch_jax.models.conv import Conv, enter
+from adabatch_jax.models.layers import Classifier, flatten, max_pool, norm_layer, torch_uniform
 
 
 def _conv(x, features, kernel, stride, padding, dtype, use_bias=True):
@@ -38,13 +38,13 @@ class AlexNetCifar(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        x = images.astype(self.dtype)
-        x = nn.max_pool(nn.relu(_conv(x, 64, 11, 4, 5, self.dtype)), (2, 2), (2, 2))
-        x = nn.max_pool(nn.relu(_conv(x, 192, 5, 1, 2, self.dtype)), (2, 2), (2, 2))
+        x = enter(images.astype(self.dtype))
+        x = max_pool(nn.relu(_conv(x, 64, 11, 4, 5, self.dtype)), 2, 2)
+        x = max_pool(nn.relu(_conv(x, 192, 5, 1, 2, self.dtype)), 2, 2)
         for features in (384, 256, 256):
             x = nn.relu(_conv(x, features, 3, 1, 1, self.dtype))
-        x = nn.max_pool(x, (2, 2), (2, 2))
-        return Classifier(self.num_classes)(x.reshape(len(x), -1))
+        x = max_pool(x, 2, 2)
+        return Classifier(self.num_classes)(flatten(x))
 
 
 class AlexNet(nn.Module):
@@ -62,7 +62,7 @@ class AlexNet(nn.Module):
         def activate(x):
             return nn.relu(norm()(x) if self.normalised else x)
 
-        x = images.astype(self.dtype)
+        x = enter(images.astype(self.dtype))
         for features, kernel, stride, padding, pool in (
             (64, 11, 4, 2, True),
             (192, 5, 1, 2, True),
@@ -72,8 +72,8 @@ class AlexNet(nn.Module):
         ):
             x = activate(_conv(x, features, kernel, stride, padding, self.dtype, not self.normalised))
             if pool:
-                x = nn.max_pool(x, (3, 3), (2, 2))
-        x = x.reshape(len(x), -1)
+                x = max_pool(x, 3, 2)
+        x = flatten(x)
         for _ in range(2):
             if not self.normalised:
                 x = nn.Dropout(0.5, deterministic=not train)(x)

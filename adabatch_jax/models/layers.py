@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from adabatch_jax.models.conv import Conv
+from adabatch_jax.models.conv import Conv, batch_axis, leave, spatial_axes
 
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
 
@@ -62,10 +62,12 @@ class GhostBatchNorm(nn.Module):
         if not self.train:
             mean, var, groups = running_mean.value, running_var.value, x.astype(jnp.float32)
         else:
-            if len(x) % self.group:
-                raise ValueError(f'{len(x)} examples do not divide into groups of {self.group}')
-            groups = x.astype(jnp.float32).reshape(-1, self.group, *x.shape[1:])
-            axes = tuple(range(1, groups.ndim - 1))
+            batch = batch_axis() if x.ndim == 4 else 0
+            if x.shape[batch] % self.group:
+                raise ValueError(f'{x.shape[batch]} examples do not divide into groups of {self.group}')
+            shape_in_groups = (*x.shape[:batch], -1, self.group, *x.shape[batch + 1 :])
+            groups = x.astype(jnp.float32).reshape(shape_in_groups)
+            axes = tuple(axis for axis in range(groups.ndim - 1) if axis != batch)
             mean, var = groups.mean(axes, keepdims=True), groups.var(axes, keepdims=True)
             if not self.is_initializing():
                 for running, value in ((running_mean, mean), (running_var, var)):
@@ -105,6 +107,28 @@ def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Mod
         kernel_init=fan_out_normal,
         dtype=dtype,
     )
+
+
+def max_pool(x, window: int, stride: int, padding: int = 0):
+    """The largest of each ``window x window`` pixels."""
+
+    def over_pixels(value, other):
+        return tuple(value if axis in spatial_axes() else other for axis in range(4))
+
+    return lax.reduce_window(
+        x,
+        -jnp.inf,
+        lax.max,
+        over_pixels(window, 1),
+        over_pixels(stride, 1),
+        over_pixels((padding, padding), (0, 0)),
+    )
+
+
+def flatten(x):
+    """``[batch, values]``, in the order of ``[height, width, channels]``."""
+    x = leave(x)
+    return x.reshape(len(x), -1)
 
 
 class Classifier(nn.Module):

@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.layers import Classifier, norm_layer, residual_conv
+from adabatch_jax.models.conv import enter, spatial_axes
+from adabatch_jax.models.layers import Classifier, max_pool, norm_layer, residual_conv
 
 DEPTHS = {
     18: (False, (2, 2, 2, 2)),
@@ -54,9 +55,9 @@ class ResNet(nn.Module):
                 x = norm()(conv(x, features, 1, stride))
             return nn.relu(x + y)
 
-        x = nn.relu(norm()(conv(images.astype(self.dtype), 64, 7, 2)))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = nn.relu(norm()(conv(enter(images.astype(self.dtype)), 64, 7, 2)))
+        x = max_pool(x, 3, 2, padding=1)
         for group, depth in enumerate(self.depths):
             for index in range(depth):
                 x = block(x, 64 * 2**group, 2 if group > 0 and index == 0 else 1)
-        return Classifier(self.num_classes)(x.mean(axis=(1, 2)))
+        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))

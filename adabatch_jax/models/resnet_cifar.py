@@ -10,7 +10,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 
+from adabatch_jax.models.conv import enter, spatial_axes
 from adabatch_jax.models.layers import Classifier, norm_layer, residual_conv
 
 SHORTCUTS = ('projection', 'identity')
@@ -34,7 +36,9 @@ class Block(nn.Module):
             x = norm()(residual_conv(self.features, 1, self.stride, self.dtype)(x))
         elif x.shape != y.shape:
             more = y.shape[-1] - x.shape[-1]
-            x = x[:, :: self.stride, :: self.stride]
+            rows, columns = spatial_axes()
+            x = lax.slice_in_dim(x, 0, None, self.stride, rows)
+            x = lax.slice_in_dim(x, 0, None, self.stride, columns)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
         return nn.relu(x + y)
 
@@ -57,14 +61,14 @@ class ResNetCifar(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        x = residual_conv(self.width, 3, 1, self.dtype)(images.astype(self.dtype))
+        x = residual_conv(self.width, 3, 1, self.dtype)(enter(images.astype(self.dtype)))
         x = nn.relu(norm()(x))
         for group in range(3):
             for block in range(self.blocks):
                 stride = 2 if group > 0 and block == 0 else 1
                 features = self.width * 2**group
                 x = Block(features, stride, self.batch_norm, self.dtype, self.shortcut)(x, train=train)
-        return Classifier(self.num_classes)(x.mean(axis=(1, 2)))
+        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))
 
 
 class WideBlock(nn.Module):
@@ -97,11 +101,11 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        x = residual_conv(16, 3, 1, self.dtype)(images.astype(self.dtype))
+        x = residual_conv(16, 3, 1, self.dtype)(enter(images.astype(self.dtype)))
         for group in range(3):
             for block in range(self.blocks):
                 stride = 2 if group > 0 and block == 0 else 1
                 features = 16 * self.widen * 2**group
                 x = WideBlock(features, stride, self.batch_norm, self.dtype)(x, train=train)
         x = nn.relu(norm_layer(self.batch_norm, self.dtype, train)()(x))
-        return Classifier(self.num_classes)(x.mean(axis=(1, 2)))
+        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))

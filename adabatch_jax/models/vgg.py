@@ -10,8 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.conv import Conv
-from adabatch_jax.models.layers import Classifier, fan_out_normal, norm_layer
+from adabatch_jax.models.conv import Conv, enter
+from adabatch_jax.models.layers import Classifier, fan_out_normal, flatten, max_pool, norm_layer
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -29,11 +29,11 @@ class VGG(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        x = images.astype(self.dtype)
+        x = enter(images.astype(self.dtype))
         for width, repeat in zip(WIDTHS, self.repeats, strict=True):
             for _ in range(repeat):
                 x = Conv(width, (3, 3), padding=1, kernel_init=fan_out_normal, dtype=self.dtype)(x)
                 x = nn.relu(norm()(x) if self.normalised else x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(x, 2, 2)
         small, zero = nn.initializers.normal(0.01), nn.initializers.zeros_init()
-        return Classifier(self.num_classes, small, zero)(x.reshape(len(x), -1))
+        return Classifier(self.num_classes, small, zero)(flatten(x))
