@@ -198,6 +198,7 @@ def open_run(
         if attempt.fall_backs is not None:
             run.host.counts['fall_backs'] = attempt.fall_backs
         stack.enter_context(contextlib.closing(run.streams))
+        stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps
         if config.compile.precompile and run.upcoming:
             for spec in experiment.train_specs(run.upcoming.batch_size).values():
                 steps.CACHE.precompile(spec)

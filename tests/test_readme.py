@@ -6,19 +6,21 @@ import shlex
 
 import pytest
 
-from adabatch_jax import main, train
-from adabatch_jax.config import default_config
+from adabatch_jax import benchmark, command_line, main, train
+from adabatch_jax.config import default_config, resolve
+from adabatch_jax.experiment import describe
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w*)\n(.*?)```', README, flags=re.DOTALL)
-COMMANDS = [
+LINES = [
     shlex.split(line)
     for language, block in BLOCKS
     if language == 'sh'
     for line in block.replace('\\\n', ' ').splitlines()
-    if line.startswith('python -m adabatch_jax.main')
 ]
+COMMANDS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.main']]
+BENCHMARKS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.benchmark']]
 
 
 def test_continuous_integration_runs_the_test_line_of_the_readme():
@@ -32,6 +34,13 @@ def test_commands_parse_and_their_runs_have_plans(command, monkeypatch):
     values = main.parse(command[2:])
     if values.config is not None and values.config.batch.policy != 'replay':  # of a run that is not here
         assert train.plan(values.config).num_updates > 0
+
+
+@pytest.mark.parametrize('command', BENCHMARKS, ids=' '.join)
+def test_benchmark_commands_parse_and_their_batch_sizes_are_accepted(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = command_line.parse(command[2:], benchmark.define_flags)
+    assert benchmark.batch_sizes(values, describe(resolve(values.config)))
 
 
 def test_printed_plan_is_the_one_that_is_printed(monkeypatch, capsys):
