@@ -197,8 +197,7 @@ def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypat
         patch.setattr(memory, 'fit', lambda experiment: experiment.with_microbatches_up_to(2))
         with train.open_run(resolve(make_config()), tmp_path, train.Attempt()) as run:
             run.enter_stage()
-            run.in_flight = run.dispatch()
-            run.observe()
+            run.dispatch()
             run.decide()
             run.save()
         patch.setattr(memory, 'fit', lambda experiment: experiment)  # does not search again
