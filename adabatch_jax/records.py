@@ -53,8 +53,8 @@ def summary(run) -> dict[str, Any]:
     """Of the ``summary`` record of a run that has ended.
 
     ``cache_hits`` and ``cache_misses`` count what this process found in the persistent cache of compiled
-    code, and what it compiled. Seconds of what kept the devices from training, and counts of
-    what is out of the ordinary, are there where there are any.
+    code, and what it compiled. Seconds of probes, and counts of what is out of the ordinary, are there
+    where there are any.
     """
     host = run.host
     fields = {
@@ -67,5 +67,7 @@ def summary(run) -> dict[str, Any]:
         'params_digest': train_state.params_digest(run.state),
     }
     fields |= dict(zip(compilation_cache.NAMES, compilation_cache.totals(), strict=True))
-    fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS if host.seconds[key]}
+    fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS}
+    if not host.seconds['probe']:
+        del fields['probe_seconds']
     return fields | {key: n for key, n in host.counts.items() if n and key != 'skipped_in_a_row'}
