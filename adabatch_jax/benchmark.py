@@ -14,7 +14,6 @@ instead, and tells where the time goes.
 
 import dataclasses
 import json
-import math
 import pathlib
 import statistics
 import sys
@@ -33,7 +32,6 @@ from adabatch_jax import (
     distributed,
     input_pipeline,
     metrics,
-    records,
     schedules,
     steps,
     terminal,
@@ -42,6 +40,7 @@ from adabatch_jax import (
 )
 from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.experiment import Experiment, describe
+from adabatch_jax.host_state import OVERHEADS
 from adabatch_jax.stream import open_stream
 
 MIN_SECONDS = 0.2  # of one measurement; short steps are repeated until they take that long
@@ -76,10 +75,10 @@ class Measured:
     cached_compile_seconds: float
     cache_hit: bool
     memory_bytes: int
-    forward_seconds: float = math.nan
-    gradient_seconds: float = math.nan
-    step_seconds: float = math.nan
-    images_per_second: float = math.nan
+    forward_seconds: float
+    gradient_seconds: float
+    step_seconds: float
+    images_per_second: float
     input_images_per_second: float | None = None
 
 
@@ -116,8 +115,9 @@ class Bench:
         specs = experiment.train_specs(batch_size)
         count, spec = next(iter(specs.items()))
         with compilation_cache.empty():
-            cold, warm = steps.compile_step(spec), steps.compile_step(spec)
-        self.step, self.num_updates = warm, count
+            self.cold, self.step = steps.compile_step(spec), steps.compile_step(spec)
+        self.batch_size, self.num_updates = batch_size, count
+        self.split = experiment.plan.split(batch_size)
         self.seconds: dict[str, list[float]] = {}
         # A batch that comes in parts goes forward and backward part by part.
         num_parts, one = spec.num_parts, specs[1]
@@ -134,24 +134,12 @@ class Bench:
             batch = made_up_batch(spec, experiment.info.num_classes)
             self.take = lambda: batch
         else:
-            update = experiment.clock.update_at(0, batch_size)
-            stream, updates = open_stream(experiment, pipeline, update), experiment.clock.updates
-            following = updates(0, batch_size)
-            self.take = lambda: stream.take([next(following) for _ in range(count)])
+            updates = experiment.clock.updates(0, batch_size)
+            stream = open_stream(experiment, pipeline, experiment.clock.update_at(0, batch_size))
+            self.take = lambda: stream.take([next(updates) for _ in range(count)])
         shape = () if count == 1 else (count,)
         scalars = np.full(shape, RATE, np.float32), np.zeros(shape, np.uint32)
         self.scalars = distributed.put_everywhere(scalars)
-        microbatch_size, num_microbatches = experiment.plan.split(batch_size)
-        self.result = Measured(
-            batch_size,
-            microbatch_size,
-            num_microbatches,
-            count,
-            cold.compile_seconds,
-            warm.compile_seconds,
-            warm.cache_hit,
-            warm.memory_bytes,
-        )
 
     def measure(self, state: train_state.TrainState, real: bool) -> train_state.TrainState:
         """Times every piece once more; returns the state, which the train step replaces."""
@@ -169,7 +157,7 @@ class Bench:
         return state
 
     def _time(self, what: str, function: Callable[[], Any], calls_of_an_update: float) -> None:
-        """Adds a measurement of seconds an update, of which two calls at least are in flight."""
+        """Adds a measurement of seconds an update, over two calls at least."""
         if what not in self.seconds:
             jax.block_until_ready(function())  # the first call of a function is not like the others
         began, calls, before = time.perf_counter(), 0, None
@@ -184,14 +172,19 @@ class Bench:
     def finish(self) -> Measured:
         """The medians of what was measured."""
         median = {what: statistics.median(seconds) for what, seconds in self.seconds.items()}
-        size = self.result.batch_size
-        return dataclasses.replace(
-            self.result,
-            forward_seconds=median['forward'],
-            gradient_seconds=median['gradient'],
-            step_seconds=median['step'],
-            images_per_second=size / median['step'],
-            input_images_per_second=size / median['input'] if 'input' in median else None,
+        return Measured(
+            self.batch_size,
+            *self.split,
+            self.num_updates,
+            self.cold.compile_seconds,
+            self.step.compile_seconds,
+            self.step.cache_hit,
+            self.step.memory_bytes,
+            median['forward'],
+            median['gradient'],
+            median['step'],
+            self.batch_size / median['step'],
+            self.batch_size / median['input'] if 'input' in median else None,
         )
 
 
@@ -276,7 +269,7 @@ def shares(summary: dict[str, Any]) -> dict[str, float]:
     ``other`` is mostly the start of the run.
     """
     wall = summary['wall_seconds']
-    seconds = {key: summary.get(f'{key}_seconds', 0.0) for key in records.OVERHEADS}
+    seconds = {key: summary.get(f'{key}_seconds', 0.0) for key in OVERHEADS}
     steps_ = summary['train_seconds'] - seconds['input'] - seconds['log']
     found = {'steps': steps_, **seconds}
     found['other'] = max(0.0, wall - sum(found.values()))

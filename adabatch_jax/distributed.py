@@ -89,7 +89,7 @@ def put_split(batch: Any) -> Any:
 
 
 def put_everywhere(tree: Any) -> Any:
-    """Puts small host arrays on all devices, a copy on each."""
+    """Puts host arrays on all devices, a copy on each; a step that donates needs ``replicate``."""
     return jax.device_put(tree, replicated())
 
 

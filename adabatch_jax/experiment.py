@@ -77,10 +77,9 @@ class Experiment:
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
         first stage.
         """
-        first = self.train_specs(self.policy.transitions[0].batch_size)
-        if not self.plan.max_per_device:
-            steps.CACHE.precompile(self.train_spec(self.plan.ladder[-1]))
-        for spec in first.values():
+        largest = [] if self.plan.max_per_device else [self.train_spec(self.plan.ladder[-1])]
+        first = self.train_specs(self.policy.transitions[0].batch_size).values()
+        for spec in (*largest, *first):
             steps.CACHE.precompile(spec)
 
     def stage_after(self, update: schedules.Update) -> schedules.Update | None:

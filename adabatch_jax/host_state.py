@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
-SECONDS = ('wall', 'train', 'compile', 'stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+# What keeps the devices waiting.
+OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 
 
 @dataclasses.dataclass

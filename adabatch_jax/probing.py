@@ -4,8 +4,6 @@ import itertools
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
 from adabatch_jax import distributed, metrics
 from adabatch_jax.stream import open_stream
 
@@ -36,9 +34,8 @@ def _branch_loss(run, batch_size: int, num_examples: int) -> float:
     state, totals = distributed.replicate(run.state), {}
     updates = run.clock.updates(begin, batch_size)
     for update in itertools.takewhile(lambda u: u.start < begin + num_examples, updates):
-        scalars = np.float32(run.learning_rate(update)), np.uint32(update.end)
-        scalars = distributed.put_everywhere(scalars)
-        state, sums = stream.steps[1](state, stream.take([update]), *scalars)
+        rate = run.learning_rate(update)
+        state, sums = stream.update(state, stream.take([update]), [update], [rate])
         sums = {key: float(sums[key]) for key in ('loss', 'correct', 'count')}
         if update.start >= begin + num_examples // 2:
             totals = metrics.add_sums(totals, sums)

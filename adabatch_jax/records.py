@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 from adabatch_jax import compilation_cache, metrics, train_state
-
-OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+from adabatch_jax.host_state import OVERHEADS
 
 
 def why(run, reason: str) -> str:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from adabatch_jax import (
-    distributed,
     metrics,
     policies,
     probing,
@@ -190,11 +189,7 @@ class Run:
         self.has_grown = False
         with self.timed('input'):
             batch = self.stream.take(updates)
-        scalars = np.array(given, np.float32), np.array([u.end for u in updates], np.uint32)
-        if len(updates) == 1:
-            scalars = tuple(x[0] for x in scalars)
-        step = self.stream.steps[len(updates)]
-        self.state, sums = step(self.state, batch, *distributed.put_everywhere(scalars))
+        self.state, sums = self.stream.update(self.state, batch, updates, given)
         before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
         self.step += len(updates)
         self.dispatches += 1

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from adabatch_jax import distributed, steps
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.schedules import Update
+from adabatch_jax.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,16 @@ class Stream:
 
     steps: dict[int, steps.CompiledStep]
     take: Callable[[Sequence[Update]], Any]
+
+    def update(
+        self, state: TrainState, batch: Any, updates: Sequence[Update], learning_rates: Sequence[float]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Starts updates whose batch was taken, with a learning rate for each; see ``train_step``."""
+        clocks = [update.end for update in updates]
+        scalars = np.array(learning_rates, np.float32), np.array(clocks, np.uint32)
+        if len(updates) == 1:
+            scalars = tuple(x[0] for x in scalars)
+        return self.steps[len(updates)](state, batch, *distributed.put_everywhere(scalars))
 
     @property
     def compile_seconds(self) -> float:

@@ -31,8 +31,8 @@ ALLOWED = {
     'gradient_statistics': set(),
     'line_search': {'gradient_statistics'},
     'probing': {'distributed', 'metrics', 'schedules', 'stream'},
-    'stream': {'distributed', 'experiment', 'schedules', 'steps'},
-    'records': {'compilation_cache', 'metrics', 'train_state'},
+    'stream': {'distributed', 'experiment', 'schedules', 'steps', 'train_state'},
+    'records': {'compilation_cache', 'host_state', 'metrics', 'train_state'},
     'memory': {'config', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',

@@ -82,7 +82,7 @@ class DevicePipeline(InMemory):
         images, labels = self.train
         padding = (load.padding, load.padding)
         images = np.pad(images, ((0, 0), padding, padding, (0, 0)))
-        self._data = jax.device_put({'image': images, 'label': labels}, distributed.replicated())
+        self._data = distributed.put_everywhere({'image': images, 'label': labels})
         self.train = None
 
     def close(self) -> None:
