@@ -12,6 +12,11 @@ are the data set's, and the speed of the input pipeline by itself is measured to
 instead, and tells where the time goes.
 """
 
+from adabatch_jax import huge_pages
+
+if __name__ == '__main__':
+    huge_pages.restart()  # ahead of the imports that take time
+
 import dataclasses
 import json
 import pathlib

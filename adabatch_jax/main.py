@@ -6,6 +6,11 @@ Exit status: 0 success; 2 a mistake in config or input, told in one line on stan
 diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
 """
 
+from adabatch_jax import huge_pages
+
+if __name__ == '__main__':
+    huge_pages.restart()  # ahead of the imports that take time
+
 import pathlib
 import signal
 import sys

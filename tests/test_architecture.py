@@ -39,9 +39,11 @@ ALLOWED = {
         'memory', 'metrics', 'steps', 'train_state',
     },
     'main': {
-        'command_line', 'config', 'distributed', 'evaluate', 'metrics', 'terminal', 'train', 'workdir',
+        'command_line', 'config', 'distributed', 'evaluate', 'huge_pages', 'metrics', 'terminal', 'train',
+        'workdir',
     },
     'command_line': {'config'},
+    'huge_pages': set(),
 }  # fmt: skip
 EVERYTHING_BUT = {
     'train': {'main', 'report', 'benchmark'},

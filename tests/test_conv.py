@@ -23,7 +23,7 @@ def test_values_and_gradients_are_those_of_the_plain_operation(stride, kernel, p
         return y, *vjp(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
     def ours(x, *args):
-        return conv.leave(conv._convolve_rows(conv.enter(x), *args))
+        return conv.leave(conv._convolve_groups(conv.enter(x), *args))
 
     for got, plain in zip(with_gradients(ours), with_gradients(conv._convolve), strict=True):
         assert got.dtype == plain.dtype
@@ -36,7 +36,7 @@ def test_layer_is_flax_convolution_with_the_same_parameters():
     ours = conv.Conv(5, (3, 3), (2, 2), padding=1)
     theirs = nn.Conv(5, (3, 3), (2, 2), padding=1)
     key = jax.random.PRNGKey(0)
-    variables = ours.init(key, x)
+    variables = ours.init(key, conv.enter(x))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, theirs.init(key, x))
     y = conv.leave(ours.apply(variables, conv.enter(x)))
     np.testing.assert_allclose(y, theirs.apply(variables, x), atol=1e-6)
@@ -45,7 +45,7 @@ def test_layer_is_flax_convolution_with_the_same_parameters():
 def test_gradients_stay_in_the_layout_that_the_cpu_compiler_knows():
     """Every convolution of a backward pass is NHWC/HWIO, inside the loop over chunks too."""
     layer = conv.Conv(8, (3, 3), padding=1)
-    x = jnp.zeros((40, 8, 8, 4))
+    x = conv.enter(jnp.zeros((40, 8, 8, 4)))
     variables = layer.init(jax.random.PRNGKey(0), x)
     gradient = jax.make_jaxpr(jax.grad(lambda v, x: layer.apply(v, x).sum(), (0, 1)))(variables, x)
 

@@ -1,5 +1,6 @@
 """Architectures: parameter counts, output shapes, initialisation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,7 @@ def test_zero_initialised_residuals_start_as_the_identity():
 
 def test_ghost_statistics_are_those_of_each_group():
     x = np.random.default_rng(0).normal(2, 3, size=(12, 5, 5, 3)).astype(np.float32)
-    layer = models.layers.GhostBatchNorm(4, True, jnp.float32)
+    layer = models.layers.BatchNorm(True, jnp.float32, 4)
     variables = layer.init(jax.random.key(0), conv.enter(x))
     y, mutated = layer.apply(variables, conv.enter(x), mutable=['batch_stats'])
     groups = x.astype(np.float64).reshape(3, 4, 5, 5, 3)
@@ -77,6 +78,22 @@ def test_ghost_statistics_are_those_of_each_group():
     stats = mutated['batch_stats']
     np.testing.assert_allclose(stats['mean'], 0.1 * mean.mean(axis=(0, 1, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * var.mean(axis=(0, 1, 2, 3)), rtol=1e-4)
+
+
+def test_batchnorm_is_that_of_flax_in_values_gradients_and_statistics():
+    x = jax.random.normal(jax.random.key(0), (8, 5, 5, 3)) * 3 + 1
+    ours = models.layers.BatchNorm(True, jnp.float32)
+    theirs = nn.BatchNorm(False, momentum=0.9, epsilon=1e-5)
+    variables = theirs.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+
+    def loss(variables, x, layer):
+        y, mutated = layer.apply(variables, x, mutable=['batch_stats'])
+        return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)), (y, mutated)
+
+    results = [jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, x, m) for m in (ours, theirs)]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max())
 
 
 def test_ghost_groups_of_the_whole_batch_are_batchnorm():

@@ -3,13 +3,15 @@
 XLA's CPU backend hands a convolution to a library (YNNPACK) when images are NHWC, kernels HWIO, the
 images are not dilated, and input or output has more than 16 channels. The library shares out the
 positions of an image among the cores, not the images of a batch: one core works, the others wait. So
-the columns of all examples are laid side by side,
+the columns of a group of examples are laid side by side,
 
-    images[batch, height, width, channels]  ->  rows[1, height, width * batch, channels]
+    images[batch, height, width, channels]  ->  x[groups, height, width, examples, channels]
+                                            ->  rows[groups, height, width * examples, channels]
 
-as one image, whose neighbouring columns are ``batch`` pixels apart: a kernel with dilation ``batch``.
-Then all cores work at the speed of a large matrix product. What the library does not take is written
-as something that it does:
+as one image, whose neighbouring columns are ``examples`` pixels apart: a kernel with dilation
+``examples``. Then all cores work at the speed of a large matrix product, and at the same speed whatever
+the batch size is, since the rows of a group fit into the cores' caches. What the library does not take
+is written as something that it does:
 
     few channels      two output rows at once, as 32 channels: a kernel one row taller, with a row of
                       zeros below or above, moves by two rows
@@ -35,32 +37,39 @@ import numpy as np
 from jax import lax
 
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+SPATIAL_AXES = (1, 2)  # height and width of ``x`` inside a model, on every backend
+# Pixels of an image's size that a group of examples has, so that the rows that a kernel looks at stay
+# in a core's cache, and neighbouring pixels do not lie a large power of two apart.
+_GROUP_PIXELS = 2**16
 # A chunk of the kernel gradient: as many examples, at most 64, as have this many activations, which stay
 # in the cores' caches; larger ones take up to twice as long an example.
 _CHUNK_ACTIVATIONS = 2**19
 
 
-def rows_first() -> bool:
-    """Whether images are ``[height, width, batch, channels]`` inside a model: on the CPU."""
+def in_groups() -> bool:
+    """Whether images are ``[groups, height, width, examples, channels]`` inside a model: on the CPU."""
     return jax.default_backend() == 'cpu'
 
 
-def batch_axis() -> int:
-    return 2 if rows_first() else 0
-
-
-def spatial_axes() -> tuple[int, int]:
-    return (0, 1) if rows_first() else (1, 2)
+def group_size(batch: int, pixels: int) -> int:
+    """Examples of a group: the divisor of the batch size that is nearest to the best, as a ratio."""
+    best = max(1, _GROUP_PIXELS // pixels)
+    divisors = (size for size in range(1, batch + 1) if batch % size == 0)
+    return min(divisors, key=lambda size: max(size / best, best / size))
 
 
 def enter(images: jax.Array) -> jax.Array:
     """Images ``[batch, height, width, channels]`` in the layout that models compute in."""
-    return jnp.transpose(images, (1, 2, 0, 3)) if rows_first() else images
+    if not in_groups():
+        return images
+    batch, height, width, channels = images.shape
+    size = group_size(batch, height * width)
+    return images.reshape(-1, size, height, width, channels).transpose(0, 2, 3, 1, 4)
 
 
 def leave(x: jax.Array) -> jax.Array:
     """The inverse of ``enter``."""
-    return jnp.transpose(x, (2, 0, 1, 3)) if rows_first() else x
+    return x.transpose(0, 3, 1, 2, 4).reshape(-1, *x.shape[1:3], x.shape[-1]) if in_groups() else x
 
 
 class Conv(nn.Module):
@@ -88,7 +97,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-        convolve = _convolve_rows if rows_first() else _convolve
+        convolve = _convolve_groups if in_groups() else _convolve
         x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), tuple(self.strides), self.padding)
         if self.use_bias:
             bias = self.param('bias', self.bias_init, (self.features,), jnp.float32)
@@ -100,11 +109,11 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding
     return lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * 2, dimension_numbers=_LAYOUT)
 
 
-def _convolve_rows(x, kernel, strides, padding):
-    """Images ``[height, width, batch, channels]``: whichever form is fast."""
+def _convolve_groups(x, kernel, strides, padding):
+    """Images ``[groups, height, width, examples, channels]``: whichever form is fast."""
     outputs = [
         (size + 2 * padding - k) // stride + 1
-        for size, k, stride in zip(x.shape[:2], kernel.shape, strides, strict=False)
+        for size, k, stride in zip(x.shape[1:3], kernel.shape, strides, strict=False)
     ]
     overhangs = any(k > out for k, out in zip(kernel.shape, outputs, strict=False))
     if x.shape[-1] >= 16 and (overhangs or kernel.shape[:2] == (1, 1)):
@@ -116,13 +125,13 @@ def _convolve_rows(x, kernel, strides, padding):
 
 def _sum_of_products(x, kernel, strides, padding, outputs):
     """A matrix product for each position in the kernel; differentiates into matrix products."""
-    x = jnp.pad(x, ((padding, padding), (padding, padding), (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0), (0, 0)))
     total = 0
     for row, column in np.ndindex(*kernel.shape[:2]):
         rows = slice(row, row + (outputs[0] - 1) * strides[0] + 1, strides[0])
         columns = slice(column, column + (outputs[1] - 1) * strides[1] + 1, strides[1])
-        seen = x[rows, columns]
-        total += jnp.einsum('hwbi,io->hwbo', seen, kernel[row, column])
+        seen = x[:, rows, columns]
+        total += jnp.einsum('ghwbi,io->ghwbo', seen, kernel[row, column])
     return total
 
 
@@ -135,15 +144,13 @@ def _strided(x, kernel, strides, padding, outputs):
         size = -(-(shift + k) // stride)
         kernel = _fit(kernel, axis, shift, size * stride)
         pads.append((low, 0))
-        x = _fit(x, axis, 0, (out + size - 1 - low) * stride)  # all that the outputs see, and no more
-        blocks.append((x.shape[axis] // stride, stride, size))
+        x = _fit(x, axis + 1, 0, (out + size - 1 - low) * stride)  # all that the outputs see, no more
+        blocks.append((x.shape[axis + 1] // stride, stride, size))
     (rows, down, tall), (columns, across, wide) = blocks
-    x = x.reshape(rows, down, columns, across, *x.shape[2:]).transpose(0, 2, 4, 1, 3, 5)
+    x = x.reshape(-1, rows, down, columns, across, *x.shape[3:])
+    x = jnp.concatenate([x[:, :, i, :, j] for i, j in np.ndindex(down, across)], -1)
     kernel = kernel.reshape(tall, down, wide, across, *kernel.shape[2:]).transpose(0, 2, 1, 3, 4, 5)
-    features = kernel.shape[-1]
-    return _convolve_dense(
-        x.reshape(*x.shape[:3], -1), kernel.reshape(tall, wide, -1, features), tuple(pads)
-    )
+    return _convolve_dense(x, kernel.reshape(tall, wide, -1, kernel.shape[-1]), tuple(pads))
 
 
 def _fit(x, axis, low, size):
@@ -154,8 +161,8 @@ def _fit(x, axis, low, size):
 
 
 def _dense(x, kernel, pads):
-    """Stride 1, on rows in which the pixels of all examples lie side by side."""
-    height, width, batch, channels = x.shape
+    """Stride 1, on rows in which the pixels of a group's examples lie side by side."""
+    groups, height, width, examples, channels = x.shape
     rows, _, _, features = kernel.shape
     out = height + sum(pads[0]) - rows + 1
     down = 1
@@ -163,16 +170,17 @@ def _dense(x, kernel, pads):
         down, pads = 2, ((pads[0][0], pads[0][1] + out % 2), pads[1])
         kernel = jnp.concatenate([_fit(kernel, 0, low, rows + 1) for low in range(2)], 3)
     y = lax.conv_general_dilated(
-        x.reshape(1, height, width * batch, channels),
+        x.reshape(groups, height, width * examples, channels),
         kernel,
         (down, 1),
-        (pads[0], tuple(p * batch for p in pads[1])),
-        rhs_dilation=(1, batch),
+        (pads[0], tuple(p * examples for p in pads[1])),
+        rhs_dilation=(1, examples),
         dimension_numbers=_LAYOUT,
     )
     if down > 1:
-        y = y.reshape(y.shape[1], -1, down, features).transpose(0, 2, 1, 3)
-    return y.reshape(-1, width + sum(pads[1]) - kernel.shape[1] + 1, batch, features)[:out]
+        y = y.reshape(*y.shape[:3], down, features).transpose(0, 1, 3, 2, 4)
+    columns = width + sum(pads[1]) - kernel.shape[1] + 1
+    return y.reshape(groups, -1, columns, examples, features)[:, :out]
 
 
 def _forward(x, kernel, pads):
@@ -187,11 +195,13 @@ def _backward(pads, residuals, dy):
 
 
 def _kernel_gradient(x, kernel, pads, dy):
-    height, width, batch, channels = x.shape
+    groups, height, width, examples, channels = x.shape
 
     def of(x, dy):
+        x = x.transpose(1, 2, 4, 0, 3).reshape(1, height, width * channels, -1)
+        dy = dy.transpose(1, 2, 0, 3, 4).reshape(*dy.shape[1:3], -1, dy.shape[-1])
         result = lax.conv_general_dilated(
-            jnp.swapaxes(x, 2, 3).reshape(1, height, width * channels, -1),
+            x,
             dy,
             (1, 1),
             (pads[0], tuple(p * channels for p in pads[1])),
@@ -201,19 +211,20 @@ def _kernel_gradient(x, kernel, pads, dy):
         )
         return result.reshape(kernel.shape)
 
-    largest = max(x.size, dy.size) // batch
-    chunk = max(1, min(64, _CHUNK_ACTIVATIONS // largest))
-    whole = batch // chunk * chunk
+    of_example = max(x.size, dy.size) // (groups * examples)
+    chunk = max(1, min(64, _CHUNK_ACTIVATIONS // of_example) // examples)
+    whole = groups // chunk * chunk
     total = jnp.zeros(kernel.shape, jnp.float32)
     if whole:
 
         def add(total, k):
-            part = [lax.dynamic_slice_in_dim(a, k * chunk, chunk, 2) for a in (x, dy)]
+            part = [lax.dynamic_slice_in_dim(a, k * chunk, chunk) for a in (x, dy)]
             return total + of(*part), None
 
-        total, _ = lax.scan(add, total, jnp.arange(whole // chunk))
-    if whole < batch:
-        total = total + of(x[:, :, whole:], dy[:, :, whole:])
+        # Two chunks at once keep both cores busy where a chunk has work for one.
+        total, _ = lax.scan(add, total, jnp.arange(whole // chunk), unroll=2)
+    if whole < groups:
+        total = total + of(x[whole:], dy[whole:])
     return total.astype(kernel.dtype)
 
 

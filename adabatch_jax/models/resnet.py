@@ -10,8 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from adabatch_jax.models.conv import enter, spatial_axes
-from adabatch_jax.models.layers import Classifier, max_pool, norm_layer, residual_conv
+from adabatch_jax.models.conv import enter
+from adabatch_jax.models.layers import Classifier, max_pool, mean_over_pixels, norm_layer, residual_conv
 
 DEPTHS = {
     18: (False, (2, 2, 2, 2)),
@@ -60,4 +60,4 @@ class ResNet(nn.Module):
         for group, depth in enumerate(self.depths):
             for index in range(depth):
                 x = block(x, 64 * 2**group, 2 if group > 0 and index == 0 else 1)
-        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))
+        return Classifier(self.num_classes)(mean_over_pixels(x))

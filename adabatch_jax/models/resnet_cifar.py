@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from adabatch_jax.models.conv import enter, spatial_axes
-from adabatch_jax.models.layers import Classifier, norm_layer, residual_conv
+from adabatch_jax.models.conv import SPATIAL_AXES, enter
+from adabatch_jax.models.layers import Classifier, mean_over_pixels, norm_layer, residual_conv
 
 SHORTCUTS = ('projection', 'identity')
 
@@ -36,10 +36,9 @@ class Block(nn.Module):
             x = norm()(residual_conv(self.features, 1, self.stride, self.dtype)(x))
         elif x.shape != y.shape:
             more = y.shape[-1] - x.shape[-1]
-            rows, columns = spatial_axes()
-            x = lax.slice_in_dim(x, 0, None, self.stride, rows)
-            x = lax.slice_in_dim(x, 0, None, self.stride, columns)
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
+            for axis in SPATIAL_AXES:
+                x = lax.slice_in_dim(x, 0, None, self.stride, axis)
+            x = jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (more // 2, more - more // 2)))
         return nn.relu(x + y)
 
 
@@ -68,7 +67,7 @@ class ResNetCifar(nn.Module):
                 stride = 2 if group > 0 and block == 0 else 1
                 features = self.width * 2**group
                 x = Block(features, stride, self.batch_norm, self.dtype, self.shortcut)(x, train=train)
-        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))
+        return Classifier(self.num_classes)(mean_over_pixels(x))
 
 
 class WideBlock(nn.Module):
@@ -108,4 +107,4 @@ class WideResNet(nn.Module):
                 features = 16 * self.widen * 2**group
                 x = WideBlock(features, stride, self.batch_norm, self.dtype)(x, train=train)
         x = nn.relu(norm_layer(self.batch_norm, self.dtype, train)()(x))
-        return Classifier(self.num_classes)(x.mean(axis=spatial_axes()))
+        return Classifier(self.num_classes)(mean_over_pixels(x))
