@@ -39,8 +39,8 @@ ALLOWED = {
         'memory', 'metrics', 'steps', 'train_state',
     },
     'main': {
-        'command_line', 'config', 'distributed', 'evaluate', 'huge_pages', 'metrics', 'terminal', 'train',
-        'workdir',
+        'command_line', 'config', 'distributed', 'evaluate', 'huge_pages', 'metrics', 'terminal',
+        'train', 'workdir',
     },
     'command_line': {'config'},
     'huge_pages': set(),
