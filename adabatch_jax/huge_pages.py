@@ -1,7 +1,7 @@
 """Huge pages for the buffers of CPU steps, which the C library has to be asked for as a process starts.
 
 The memory of a step's intermediate results goes back to the system after the step, and the next one gets
-it page by page, each cleared first: with pages of 4 KiB that is a fifth of a ResNet-20 step.
+it page by page, each cleared first: with pages of 4 KiB that is a sixth of a ResNet-20 step.
 """
 
 import os
