@@ -10,6 +10,10 @@ would take, adaptive and with its first batch size throughout. Medians of repeat
 turn, so that a machine whose speed drifts drifts for all. Images are made up; with --input=real they
 are the data set's, and the speed of the input pipeline by itself is measured too. --run trains
 instead, and tells where the time goes.
+
+--scaling also measures how long the devices at hand take to add up gradients, and predicts fixed and
+adaptive runs on 1 to 4096 devices (adabatch_jax.scaling has the model; --plot draws it). Of what is not
+at hand tell --latency_us and --gigabytes_per_second.
 """
 
 from adabatch_jax import huge_pages
@@ -17,200 +21,36 @@ from adabatch_jax import huge_pages
 if __name__ == '__main__':
     huge_pages.restart()  # ahead of the imports that take time
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from adabatch_jax import (
     command_line,
-    compilation_cache,
     distributed,
+    figures,
     input_pipeline,
     metrics,
+    scaling,
     schedules,
-    steps,
     terminal,
+    timing,
     train,
     train_state,
 )
 from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import OVERHEADS
-from adabatch_jax.stream import open_stream
-
-MIN_SECONDS = 0.2  # of one measurement; short steps are repeated until they take that long
-RATE = np.float32(1e-4)  # small enough for weights to stay finite on made-up images
-
-
-@dataclasses.dataclass
-class Measured:
-    """What was measured of one batch size; seconds are of one update, and medians.
-
-    Attributes:
-      batch_size: examples.
-      microbatch_size: examples that a device has in a forward and backward pass.
-      num_microbatches: of a device.
-      updates_per_dispatch: that ``step_seconds`` were measured with.
-      compile_seconds: of the train step, with an empty persistent cache.
-      cached_compile_seconds: with the step in it.
-      cache_hit: whether it was found there.
-      memory_bytes: of a device.
-      forward_seconds: of a forward pass in training.
-      gradient_seconds: of forward and backward.
-      step_seconds: of the whole update.
-      images_per_second: of the whole update.
-      input_images_per_second: of the input pipeline by itself; None with made-up images.
-    """
-
-    batch_size: int
-    microbatch_size: int
-    num_microbatches: int
-    updates_per_dispatch: int
-    compile_seconds: float
-    cached_compile_seconds: float
-    cache_hit: bool
-    memory_bytes: int
-    forward_seconds: float
-    gradient_seconds: float
-    step_seconds: float
-    images_per_second: float
-    input_images_per_second: float | None = None
-
-
-def made_up_batch(spec: steps.StepSpec, num_classes: int) -> Any:
-    """A batch of noise on the devices, as a train step takes it."""
-    rng, ends = np.random.default_rng(0), {'image': 256, 'label': num_classes, 'epoch': 1}
-
-    def draw(shapes, axis_of_devices):
-        arrays = {}
-        for name, x in shapes.items():
-            end = ends.get(name) or spec.load.num_examples
-            shape = (jax.local_device_count(), *x.shape[1:]) if axis_of_devices else x.shape
-            arrays[name] = rng.integers(end, size=shape, dtype=x.dtype)
-        return arrays
-
-    shapes = steps.batch_shapes(spec)
-    data = shapes.pop('data', None)
-    batch = distributed.put_split(draw(shapes, True))
-    if data:
-        batch['data'] = distributed.put_everywhere(draw(data, False))
-    return [batch] * spec.num_parts if spec.num_parts > 1 else batch
-
-
-class Bench:
-    """One batch size of an experiment: what is compiled for it, and how long each piece takes.
-
-    Args:
-      experiment: what is timed.
-      batch_size: of its ladder, or another that its devices divide.
-      pipeline: for real input; None for made-up images.
-    """
-
-    def __init__(self, experiment: Experiment, batch_size: int, pipeline=None):
-        specs = experiment.train_specs(batch_size)
-        count, spec = next(iter(specs.items()))
-        with compilation_cache.empty():
-            self.cold, self.step = steps.compile_step(spec), steps.compile_step(spec)
-        self.batch_size, self.num_updates = batch_size, count
-        self.split = experiment.plan.split(batch_size)
-        self.seconds: dict[str, list[float]] = {}
-        # A batch that comes in parts goes forward and backward part by part.
-        num_parts, one = spec.num_parts, specs[1]
-        one = dataclasses.replace(
-            one,
-            num_parts=1,
-            batch_size=batch_size // num_parts,
-            num_microbatches=one.num_microbatches // num_parts,
-        )
-        self.part, self.num_parts = made_up_batch(one, experiment.info.num_classes), num_parts
-        self.forward = steps.compile_part(one, steps.batch_loss)
-        self.gradient = steps.compile_part(one, steps.batch_gradient)
-        if pipeline is None:
-            batch = made_up_batch(spec, experiment.info.num_classes)
-            self.take = lambda: batch
-        else:
-            updates = experiment.clock.updates(0, batch_size)
-            stream = open_stream(experiment, pipeline, experiment.clock.update_at(0, batch_size))
-            self.take = lambda: stream.take([next(updates) for _ in range(count)])
-        shape = () if count == 1 else (count,)
-        scalars = np.full(shape, RATE, np.float32), np.zeros(shape, np.uint32)
-        self.scalars = distributed.put_everywhere(scalars)
-
-    def measure(self, state: train_state.TrainState, real: bool) -> train_state.TrainState:
-        """Times every piece once more; returns the state, which the train step replaces."""
-        self._time('forward', lambda: self.forward(state, self.part), self.num_parts)
-        self._time('gradient', lambda: self.gradient(state, self.part), self.num_parts)
-
-        def step():
-            nonlocal state
-            state, sums = self.step(state, self.take(), *self.scalars)
-            return sums
-
-        self._time('step', step, 1 / self.num_updates)
-        if real:
-            self._time('input', lambda: _parts(self.take()), 1 / self.num_updates)
-        return state
-
-    def _time(self, what: str, function: Callable[[], Any], calls_of_an_update: float) -> None:
-        """Adds a measurement of seconds an update, over two calls at least."""
-        if what not in self.seconds:
-            jax.block_until_ready(function())  # the first call of a function is not like the others
-        began, calls, before = time.perf_counter(), 0, None
-        while time.perf_counter() - began < MIN_SECONDS or calls < 2:
-            running = function()
-            jax.block_until_ready(before)  # as in training, never more than one in flight
-            before, calls = running, calls + 1
-        jax.block_until_ready(before)
-        seconds = (time.perf_counter() - began) / calls * calls_of_an_update
-        self.seconds.setdefault(what, []).append(seconds)
-
-    def finish(self) -> Measured:
-        """The medians of what was measured."""
-        median = {what: statistics.median(seconds) for what, seconds in self.seconds.items()}
-        return Measured(
-            self.batch_size,
-            *self.split,
-            self.num_updates,
-            self.cold.compile_seconds,
-            self.step.compile_seconds,
-            self.step.cache_hit,
-            self.step.memory_bytes,
-            median['forward'],
-            median['gradient'],
-            median['step'],
-            self.batch_size / median['step'],
-            self.batch_size / median['input'] if 'input' in median else None,
-        )
-
-
-def _parts(batch: Any) -> Any:
-    return batch if isinstance(batch, dict) else list(batch)
-
-
-def measure(experiment: Experiment, sizes: list[int], repeats: int, pipeline=None) -> list[Measured]:
-    """Times the steps of some batch sizes, one after the other, ``repeats`` times."""
-    state = train_state.create(experiment.model, experiment.optimizer, experiment.info.image_shape)
-    state = distributed.replicate(state)
-    benches = []
-    for size in sizes:
-        terminal.say(f'compiling the step of batch size {size:,}')
-        benches.append(Bench(experiment, size, pipeline))
-    for number in range(repeats):
-        terminal.say(f'measurement {number + 1} of {repeats}')
-        for bench in benches:
-            state = bench.measure(state, real=pipeline is not None)
-    return [bench.finish() for bench in benches]
-
+from adabatch_jax.timing import Measured
 
 # --------------------------------------------------------------------------------- predictions
 
@@ -249,19 +89,79 @@ def predicted_seconds(plan: schedules.Plan, measured: list[Measured]) -> float |
     return sum(stage.num_updates * of_update[stage.batch_size] for stage in plan.stages)
 
 
+def control(config) -> schedules.Plan:
+    """The plan of a config's control."""
+    control = config.copy_and_resolve_references()
+    control.batch.policy = 'fixed'
+    return train.plan(control)
+
+
 def prediction(config, experiment: Experiment, measured: list[Measured]) -> dict[str, Any]:
     """What the updates of the whole run and of its control take; ``speedup`` is of the former.
 
     The control has the run's first batch size throughout. Evaluation, checkpoints and compilation come
     on top; of policies that decide during the run only the control is predicted.
     """
-    control = config.copy_and_resolve_references()
-    control.batch.policy = 'fixed'
-    seconds = {'fixed': predicted_seconds(train.plan(control), measured), 'adaptive': None}
+    seconds = {'fixed': predicted_seconds(control(config), measured), 'adaptive': None}
     if experiment.policy.planned:
         seconds['adaptive'] = predicted_seconds(experiment.plan, measured)
     known = all(seconds.values())
     return seconds | {'speedup': seconds['fixed'] / seconds['adaptive'] if known else None}
+
+
+def network(values: flags.FlagValues, gradient_bytes: int) -> tuple[scaling.Network, dict[int, float]]:
+    """The network between the devices, and what was measured of it: seconds of an all-reduce by bytes.
+
+    What the command line tells of latency and bandwidth is taken as told.
+
+    Raises:
+      ConfigError: one device is at hand, and the command line does not tell both.
+    """
+    told = values.latency_us is not None, values.gigabytes_per_second is not None
+    found, seconds = scaling.Network(0.0, 0.0), {}
+    if not all(told):
+        if jax.device_count() == 1:
+            raise ConfigError(
+                '--scaling: one device has nothing to communicate; give --latency_us and '
+                '--gigabytes_per_second of the network, or use several devices (on a CPU: '
+                'JAX_NUM_CPU_DEVICES=4)'
+            )
+        sizes = sorted({2**k for k in range(10, 25, 2)} | {gradient_bytes})
+        seconds = timing.all_reduce_seconds(sizes, values.repeats)
+        found = scaling.fit_network(jax.device_count(), seconds)
+    latency = 1e-6 * values.latency_us if told[0] else found.latency
+    per_byte = 1e-9 / values.gigabytes_per_second if told[1] else found.seconds_per_byte
+    return scaling.Network(latency, per_byte), seconds
+
+
+def scaled(
+    values: flags.FlagValues, config, experiment: Experiment, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Predicts the run and its control on other numbers of devices, prints that and draws it.
+
+    Args:
+      values: the command line.
+      config: of the run.
+      experiment: the same.
+      result: what was measured, as for the JSON file.
+    """
+    shape = (experiment.model, experiment.optimizer, experiment.info.image_shape)
+    params = jax.eval_shape(lambda: train_state.create(*shape)).params
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    between, seconds = network(values, num_bytes)
+    found = {
+        'gradient_bytes': num_bytes,
+        'latency': between.latency,
+        'seconds_per_byte': between.seconds_per_byte,
+        'all_reduce_seconds': seconds,
+    }
+    model = scaling.Model.from_benchmark(result | {'scaling': found})
+    rows = scaling.predictions(model, control(config), experiment.plan, scaling.doubled(4096))
+    terminal.print_scaling(model, rows)
+    if values.plot and distributed.is_first():
+        with user_errors('--plot'):
+            figures.save(figures.scaling(rows), values.plot)
+    return found | {'predicted': rows}
 
 
 # ------------------------------------------------------------------------------ where time goes
@@ -298,14 +198,33 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_integer('repeats', 5, 'Measurements of each time.', 1, flag_values=values)
+    flags.DEFINE_bool('scaling', False, 'Predict the run on 1 to 4096 devices.', flag_values=values)
+    flags.DEFINE_float(
+        'latency_us',
+        None,
+        'Microseconds of a message; measured where left out.',
+        0.0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        'gigabytes_per_second',
+        None,
+        'Bandwidth between two devices; measured where left out.',
+        1e-9,
+        flag_values=values,
+    )
+    flags.DEFINE_string('plot', None, 'File for the figure of --scaling.', flag_values=values)
     flags.DEFINE_bool('run', False, 'Train, and tell where the time goes.', flag_values=values)
     flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
-    command_line.define_config(values, argv)
+    command_line.define_common(values, argv)
     return values
 
 
 def batch_sizes(values: flags.FlagValues, experiment: Experiment) -> list[int]:
-    """The batch sizes to measure, sorted."""
+    """The batch sizes to measure, sorted.
+
+    For --scaling also shares of a device that many devices would have: from one example on.
+    """
     devices = experiment.plan.num_devices
     for text in values.batch_sizes:
         if not (text.isdecimal() and int(text) > 0 and int(text) % devices == 0):
@@ -313,7 +232,26 @@ def batch_sizes(values: flags.FlagValues, experiment: Experiment) -> list[int]:
                 f'--batch_sizes: got {text!r}; accepted: whole numbers above 0 that the number of '
                 f'devices, {devices}, divides, separated by commas'
             )
-    return sorted({int(text) for text in values.batch_sizes} or experiment.plan.ladder)
+    with user_errors('--batch_sizes'):
+        for text in values.batch_sizes:
+            experiment.plan.split(int(text))
+    if values.batch_sizes or not values.scaling:
+        return sorted({int(text) for text in values.batch_sizes} or experiment.plan.ladder)
+    smaller = itertools.takewhile(
+        lambda size: size < experiment.plan.ladder[0], (devices * 4**k for k in itertools.count())
+    )
+    return sorted({*filter(_splits(experiment.plan), smaller), *experiment.plan.ladder})
+
+
+def _splits(plan: schedules.Plan) -> Callable[[int], bool]:
+    """Whether a batch size divides into microbatches as the plan asks for."""
+
+    def splits(batch_size: int) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(plan.split(batch_size))
+        return False
+
+    return splits
 
 
 def run(values: flags.FlagValues) -> int:
@@ -321,8 +259,11 @@ def run(values: flags.FlagValues) -> int:
     if values.config is None:
         raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
     config = values.config
-    if values.json and not pathlib.Path(values.json).parent.is_dir():
-        raise ConfigError(f'--json: got {values.json!r}; accepted: a file in a folder that exists')
+    for name in ('json', 'plot'):
+        if values[name].value and not pathlib.Path(values[name].value).parent.is_dir():
+            raise ConfigError(
+                f'--{name}: got {values[name].value!r}; accepted: a file in a folder that exists'
+            )
     result = {
         'device': jax.devices()[0].device_kind,
         'num_devices': jax.device_count(),
@@ -337,7 +278,9 @@ def run(values: flags.FlagValues) -> int:
         terminal.print_shares(result['shares'], summary)
     else:
         result |= measured_steps(values, config)
-    if values.json:
+        if values.scaling:
+            result['scaling'] = scaled(values, config, describe(resolve(config)), result)
+    if values.json and distributed.is_first():
         with user_errors('--json'), open(values.json, 'w', encoding='utf-8') as file:
             json.dump(result, file, indent=2)
             file.write('\n')
@@ -352,7 +295,7 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
         parts = (experiment.config, experiment.info, experiment.clock, experiment.load)
         with user_errors('config.dataset'):
             pipeline = input_pipeline.create(*parts)
-    measured = measure(experiment, sizes, values.repeats, pipeline)
+    measured = timing.measure(experiment, sizes, values.repeats, pipeline)
     relative, predicted = relative_epochs(measured), prediction(config, experiment, measured)
     terminal.print_benchmark(measured, relative, predicted)
     return {

@@ -26,6 +26,8 @@ import orbax.checkpoint as ocp
 FOLDER = 'checkpoints'
 UNFINISHED, DAMAGED = 'unfinished', 'damaged'
 MANIFEST = 'manifest.json'
+# One process reads and writes; it waits for no other.
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class Damaged(ValueError):
@@ -42,6 +44,9 @@ class Checkpointer:
     Keeps the two latest checkpoints and the one of best accuracy; an older one is removed only after a
     newer one was committed. A save that fails is reported as soon as that is known, and harms none of
     the others.
+
+    With several processes only the first may have one, as only the first may read: a state is the same
+    in all of them.
 
     Args:
       directory: the folder of the checkpoints; made with the first one. Nobody else may write to it.
@@ -74,10 +79,11 @@ class Checkpointer:
                 shutil.rmtree(path.parent)
             path.parent.mkdir(parents=True)
             _check_room(path.parent, state)
-            digest = tree_digest(state)  # now: the buffers are given away to the next update
-            writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            state = jax.tree.map(np.array, state)  # a copy: the buffers are given to the next update
+            digest = tree_digest(state)
+            writer = ocp.AsyncCheckpointer(_handler(), multiprocessing_options=_ALONE)
             host = {**host, 'accuracy': accuracy}
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host))
             writer.save(path, args=args)
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
             self.failed(step, error)
@@ -147,6 +153,13 @@ class Checkpointer:
             self._join()
         finally:
             self._executor.shutdown()
+
+
+class NoCheckpointer:
+    """In place of a ``Checkpointer`` in a process that writes nothing."""
+
+    def save(self, step: int, state: Any, host: dict[str, Any], accuracy: float | None = None) -> None:
+        """Does nothing."""
 
 
 def _check_room(folder: pathlib.Path, state: Any) -> None:
@@ -270,11 +283,16 @@ def _like(target: Any, tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(target), [have[path] for path in _named(target)])
 
 
-def _read(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), host=ocp.JsonCheckpointHandler()
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
+        host=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
     )
-    with ocp.Checkpointer(handler) as reader:
+
+
+def _read(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    with ocp.Checkpointer(_handler(), multiprocessing_options=_ALONE) as reader:
         saved = reader.metadata(path).item_metadata['state'].tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = ocp.args.PyTreeRestore(restore_args=as_numpy)

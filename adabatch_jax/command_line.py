@@ -1,17 +1,30 @@
 """What all commands share: flags and config from a command line, and mistakes as one line."""
 
 import difflib
-import sys
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from adabatch_jax import distributed
 from adabatch_jax.config import ConfigError, default_config, flatten
 
 
-def define_config(values: flags.FlagValues, argv: list[str]) -> None:
-    """Adds ``--config=FILE`` and ``--config.KEY=VALUE``."""
+def define_common(values: flags.FlagValues, argv: list[str]) -> None:
+    """Adds ``--config=FILE``, ``--config.KEY=VALUE`` and what makes several processes one run."""
+    flags.DEFINE_string(
+        'coordinator_address',
+        None,
+        'Several processes: HOST:PORT of the first. This and the next two are found by JAX under SLURM, '
+        'Open MPI, Kubernetes and on TPU pods.',
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        'num_processes', None, 'How many processes there are; 1: this one alone.', flag_values=values
+    )
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', flag_values=values)
     config_flags.DEFINE_config_file(
         'config', None, 'Config file; its keys: --config.KEY=VALUE', values, sys_argv=argv
     )
@@ -77,10 +90,18 @@ def run(
         print(f'{doc}\n{define_flags([]).get_help()}')
         return 0
     try:
-        return command(parse(argv, define_flags))
+        values = parse(argv, define_flags)
+        try:
+            distributed.join(values.coordinator_address, values.num_processes, values.process_id)
+        except ValueError as error:
+            raise ConfigError(f'--{error}') from error
+        return command(values)
     except ConfigError as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
+        return distributed.fail(2, f'error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
-        print(f'interrupted{interrupted}', file=sys.stderr)
-        return 130
+        return distributed.fail(130, f'interrupted{interrupted}')
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        return distributed.fail(1, f'error: {type(error).__name__}: {error}')

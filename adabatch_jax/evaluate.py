@@ -65,11 +65,18 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
     compilation_cache.enable(config.compile.cache_dir)
     run = describe(config)
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
-    with user_errors('workdir'):
-        step = checkpoint.best_step(folder) if which == 'best' else None
-        if which == 'best' and step is None:
-            raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
-        state = distributed.replicate(train_state.restore(workdir, step))
+    state = train_state.create(run.model, run.optimizer, run.info.image_shape, config.seed)
+
+    def read():
+        nonlocal state
+        with user_errors('workdir'):
+            step = checkpoint.best_step(folder) if which == 'best' else None
+            if which == 'best' and step is None:
+                raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
+            state, _ = checkpoint.restore(folder, step, target=state)
+
+    distributed.from_first(read)
+    state = distributed.replicate(distributed.share(state))
     with user_errors('config.dataset'):
         pipeline = input_pipeline.create(config, run.info, run.clock, run.load)
     with contextlib.closing(pipeline), user_errors('config.dataset', DATA_ERRORS):

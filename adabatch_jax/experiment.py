@@ -118,6 +118,7 @@ class Experiment:
                     self.learning_rate,
                     max_per_device,
                     self.plan.microbatch_multiple,
+                    self.plan.num_devices,
                 ),
             )
 
@@ -144,8 +145,12 @@ class Experiment:
         return self.model, self.optimizer, normalize, self.info.image_shape
 
 
-def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
+def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = None) -> Experiment:
     """Builds the parts of a resolved config and refuses what would fail later in its run.
+
+    Args:
+      config: from ``config.resolve``.
+      num_devices: to plan for, where they are others than those at hand.
 
     Raises:
       ConfigError: naming the key, the value and what is accepted.
@@ -172,7 +177,8 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
     with user_errors('config.batch'):
-        plan = _plan(clock, policy, rate, config.batch.max_per_device or policy.max_per_device, group)
+        largest = config.batch.max_per_device or policy.max_per_device
+        plan = _plan(clock, policy, rate, largest, group, num_devices or jax.device_count())
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -190,12 +196,14 @@ def describe(config: ml_collections.FrozenConfigDict) -> Experiment:
     return Experiment(config, *parts)
 
 
-def _plan(clock, policy, learning_rate, max_per_device, microbatch_multiple) -> schedules.Plan:
+def _plan(
+    clock, policy, learning_rate, max_per_device, microbatch_multiple, num_devices
+) -> schedules.Plan:
     return schedules.make_plan(
         clock,
         policy.transitions,
         learning_rate,
-        num_devices=jax.device_count(),
+        num_devices=num_devices,
         max_per_device=max_per_device,
         microbatch_multiple=microbatch_multiple,
         min_groups=2 if policy.statistics else 1,

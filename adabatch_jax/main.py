@@ -11,15 +11,19 @@ from adabatch_jax import huge_pages
 if __name__ == '__main__':
     huge_pages.restart()  # ahead of the imports that take time
 
+import contextlib
+import json
 import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 from absl import flags
 
-from adabatch_jax import command_line, evaluate, terminal, train, workdir
+from adabatch_jax import command_line, distributed, evaluate, scaling, terminal, train, workdir
 from adabatch_jax.config import ConfigError, resolve, user_errors
+from adabatch_jax.experiment import describe
 from adabatch_jax.metrics import read_records
 
 
@@ -45,7 +49,20 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         'checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate.', flag_values=values
     )
-    command_line.define_config(values, argv)
+    flags.DEFINE_integer(
+        'devices',
+        None,
+        'Of plan: devices to plan for; those at hand where left out.',
+        1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        'benchmark',
+        None,
+        'Of plan: file of benchmark --scaling --json, to tell how many devices pay off.',
+        flag_values=values,
+    )
+    command_line.define_common(values, argv)
     return values
 
 
@@ -57,39 +74,77 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     config, directory = values.config, values.workdir
+    for name in ('devices', 'benchmark'):
+        if values[name].present and values.mode != 'plan':
+            raise ConfigError(
+                f'--{name}: got {values[name].value!r} with --mode={values.mode}; accepted: --mode=plan'
+            )
     if values.mode != 'plan' and not directory:
         raise ConfigError('--workdir: missing; give the directory of the run')
-    if config is None:
-        if values.mode != 'eval':
-            raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
-        config = workdir.read_config(directory)
-    elif values.mode == 'eval':
-        with user_errors('workdir'):
-            workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
+    if config is None and values.mode != 'eval':
+        raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
+    if values.mode == 'eval':
+        config = distributed.from_first(lambda: evaluated_config(config, directory))
     if values.mode == 'plan':
-        experiment = train.fitted(config)
-        terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.policy.note)
+        print_plan(config, values.devices, values.benchmark)
         return 0
     if values.mode == 'eval':
         result = evaluate.evaluate_checkpoint(resolve(config), directory, values.checkpoint)
         terminal.print_evaluation(result)
         return 0
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
-        train.train(config, directory, stop, values.allow_schedule_change)
+        with sigterm() as stop:
+            train.train(config, directory, stop, values.allow_schedule_change)
     except train.Preempted as reason:
-        print(f'{reason}; the same command continues', file=sys.stderr)
+        terminal.complain(f'{reason}; the same command continues')
         return 143
     except train.Diverged as reason:
-        print(f'error: {reason}', file=sys.stderr)
+        terminal.complain(f'error: {reason}')
         return 3
     except train.SaveFailed as reason:
         raise ConfigError(f'workdir: {reason}; make room, and the same command continues') from reason
+    if distributed.is_first():
+        terminal.print_stages(read_records(directory))
+    return 0
+
+
+def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
+    """Prints the plan on the devices at hand or on others, and how many of them pay off."""
+    # The memory of devices that are not at hand is not known.
+    experiment = describe(resolve(config), num_devices) if num_devices else train.fitted(config)
+    terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.policy.note)
+    if benchmark:
+        with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
+            model = scaling.Model.from_benchmark(json.load(file))
+        terminal.print_worthwhile(experiment.plan, model, experiment.plan.num_devices)
+    elif num_devices:
+        terminal.say(
+            'How many devices pay off in each stage: --benchmark=FILE with what python -m '
+            'adabatch_jax.benchmark --config=... --scaling --json=FILE wrote'
+        )
+
+
+def evaluated_config(config, directory: str):
+    """The config of the run in a work directory; as it was given, where it is of the same run."""
+    if config is None:
+        return workdir.read_config(directory)
+    with user_errors('workdir'):
+        workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
+    return config
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; with several processes JAX watches for it in all of them."""
+    stop = threading.Event()
+    if not distributed.is_alone():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-    terminal.print_stages(read_records(directory))
-    return 0
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from adabatch_jax import steps
+from adabatch_jax import distributed, steps
 from adabatch_jax.config import ConfigError
 from adabatch_jax.experiment import Experiment
 
@@ -62,7 +62,8 @@ def fit(
     """
     if experiment.plan.max_per_device:
         return experiment
-    available = device_bytes() * USABLE if available is None else available
+    if available is None:
+        available = distributed.smallest(device_bytes() * USABLE)
     largest, as_given = experiment.plan.ladder[-1], experiment
     while (needed := memory_of(experiment.train_spec(largest))) > available:
         microbatch, _ = experiment.plan.split(largest)

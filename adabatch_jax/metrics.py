@@ -136,6 +136,16 @@ class MetricsWriter:
                 self._report(f'warning: {lost} records are not in {METRICS_FILE}: {error.strerror}')
 
 
+class NoWriter:
+    """In place of a ``MetricsWriter`` in a process that writes nothing."""
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Does nothing; so do the others."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+
 class _EventFile:
     """A TensorBoard event file, begun with its first record.
 

@@ -1,5 +1,6 @@
 """The fields of the records that a run writes of itself, from where it is."""
 
+import os
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ def session(reason: str) -> dict[str, Any]:
     """Of a ``session`` record: on what, and why."""
     return {
         'reason': reason,
+        'num_processes': jax.process_count(),
         'num_devices': jax.device_count(),
         'device': jax.devices()[0].device_kind,
         'versions': metrics.versions(),
@@ -70,3 +72,10 @@ def summary(run) -> dict[str, Any]:
     if not host.seconds['probe']:
         del fields['probe_seconds']
     return fields | {key: n for key, n in host.counts.items() if n and key != 'skipped_in_a_row'}
+
+
+def last_summary(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
+    """The ``summary`` record of a run that ended with a step, None where it has not ended there."""
+    records = reversed(metrics.read_records(workdir))
+    last = next((r for r in records if r['kind'] == 'summary'), None)
+    return last if last and last['step'] == step else None

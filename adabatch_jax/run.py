@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from adabatch_jax import (
+    distributed,
     metrics,
     policies,
     probing,
@@ -123,12 +124,17 @@ class Run:
 
     def decide(self) -> None:
         """Chooses the update after the one that was dispatched last, by probes if the policy asks."""
-        if sizes := self.experiment.policy.probes(self.host.policy, self.examples_seen):
+        policy = self.experiment.policy
+        # Several processes may not see the same times, and so would not decide the same.
+        agreed = (lambda make: make()) if policy.planned else distributed.from_first
+        if policy.probe_examples and (
+            sizes := agreed(lambda: policy.probes(self.host.policy, self.examples_seen))
+        ):
             with self.paused(), self.timed('probe'):
                 probing.probe(self, sizes)
 
         def batch_size_at(examples_seen: int) -> int:
-            self.decision = self.experiment.policy.decide(self.host.policy, examples_seen)
+            self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
@@ -367,9 +373,7 @@ class Run:
 
     def written_summary(self) -> dict[str, Any] | None:
         """The summary that an earlier process wrote of this position, if it did."""
-        records = reversed(metrics.read_records(self.writer.workdir))
-        last = next((r for r in records if r['kind'] == 'summary'), None)
-        return last if last and last['step'] == self.step else None
+        return distributed.from_first(lambda: records.last_summary(self.writer.workdir, self.step))
 
     def finish(self) -> dict[str, Any]:
         """Evaluates and saves the end of the run unless that was done, and writes the summary."""
@@ -378,6 +382,10 @@ class Run:
         if self.host.evaluation is None or self.host.evaluation['step'] != self.step:
             self.evaluate()
         self.save()
+        return distributed.from_first(self.write_summary)
+
+    def write_summary(self) -> dict[str, Any]:
+        """Writes the ``summary`` record, once the last checkpoint is there."""
         with self.timed('checkpoint'):
             self.checkpointer.wait()
         summary = records.summary(self)

@@ -1,18 +1,27 @@
 """What a person sees while a run goes on: the plan, a progress bar, a table of the stages."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from adabatch_jax.scaling import WORTH, Model
 from adabatch_jax.schedules import Clock, Plan, Stage
 
 console = Console(highlight=False)
 if not console.is_terminal:
     console = Console(highlight=False, width=120)  # a log file has no width of its own
+
+
+def _print(what: Any) -> None:
+    """Prints, in the first of several processes."""
+    if jax.process_index() == 0:
+        console.print(what)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -48,9 +57,9 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
             f'{stage.num_updates:,}',
             _range(stage.learning_rate_start, stage.learning_rate_end),
         )
-    console.print(table)
+    _print(table)
     rate = plan.learning_rate
-    console.print(
+    _print(
         f'{plan.num_updates:,} updates, {clock.num_epochs:g} epochs of {clock.num_examples:,} '
         f'examples, partial batches: {clock.remainder}; learning rate stated for batch size '
         f'{rate.reference_batch_size}, coupling {rate.coupling}; split: devices x microbatches x '
@@ -58,14 +67,20 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
     )
     if not plan.planned:
         sizes = ', '.join(map(str, plan.ladder))
-        console.print(f'Batch sizes are decided during the run, from {sizes}; shown: no change.')
+        _print(f'Batch sizes are decided during the run, from {sizes}; shown: no change.')
     if note:
-        console.print(note)
+        _print(note)
 
 
 def say(message: str) -> None:
     """Prints a line; above the progress bar, where there is one."""
-    console.print(message)
+    _print(message)
+
+
+def complain(message: str) -> None:
+    """Prints a line on standard error."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr)
 
 
 class ProgressDisplay:
@@ -82,7 +97,7 @@ class ProgressDisplay:
             TextColumn('{task.fields[examples_per_second]:,.0f} images/s'),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or jax.process_index() > 0,
         )
         epoch = clock.epoch(examples_seen)
         self._task = self._bar.add_task(
@@ -136,8 +151,8 @@ def print_stages(records: list[dict[str, Any]]) -> None:
             f'{stage["compile_seconds"]:.1f} s' + (' cached' if stage['cache_hit'] else ''),
             f'{stage["stall_seconds"]:.2f} s',
         )
-    console.print(table)
-    console.print(
+    _print(table)
+    _print(
         f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
         f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
         f'{end["best_accuracy"]:.2%}; compiled by this process: {end["cache_misses"]}, from the '
@@ -166,21 +181,61 @@ def print_benchmark(measured: list, relative: list[dict], predicted: dict[str, f
             f'{input_speed:,.0f}' if input_speed else '-',
             f'{m.memory_bytes / 2**20:,.0f} MiB',
         )
-    console.print(table)
+    _print(table)
     table = _table('Time of an epoch, times as fast', 'batch', 'forward', 'backward', 'both')
     for row in relative:
         times = (f'{row[key]:.2f}' for key in ('forward', 'backward', 'both'))
         table.add_row(f'{row["batch_size"]:,}', *times)
-    console.print(table)
+    _print(table)
     parts = [
         f'{key} {seconds:,.0f} s' for key, seconds in predicted.items() if key != 'speedup' and seconds
     ]
     if predicted['speedup']:
         parts.append(f'{predicted["speedup"]:.2f} times as fast')
-    console.print(
+    _print(
         f'All updates of the run: {", ".join(parts) or "not predicted"}. split: microbatches of a '
         'device x their examples; dispatch: updates of one call; cached: compiled again with a '
         'persistent cache'
+    )
+
+
+def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
+    """Prints what a run and its control would take on other numbers of devices."""
+    first = rows[0]['fixed']
+    names = ('fixed', 'adaptive', 'worthwhile')
+    table = _table('Devices', 'devices', *(f'{name} {what}' for name in names for what in ('s', 'x')))
+    for row in rows:
+        cells = (f'{v:,.{p}f}' for n in names for v, p in ((row[n], 0), (first / row[n], 2)))
+        table.add_row(f'{row["devices"]:,}', *cells)
+    _print(table)
+    network = model.network
+    bandwidth = 1e-9 / network.seconds_per_byte if network.seconds_per_byte else float('inf')
+    _print(
+        'Predicted seconds of all updates, and how many times as fast as fixed on one device. Between '
+        f'devices: {1e6 * network.latency:,.1f} us a message, {bandwidth:,.3g} GB/s; gradients: '
+        f'{model.gradient_bytes / 2**20:,.2f} MiB. worthwhile: adaptive, with as many devices in each '
+        'stage as pay off'
+    )
+
+
+def print_worthwhile(plan: Plan, model: Model, num_devices: int) -> None:
+    """Prints for each stage of a plan how many of some devices pay off."""
+    table = _table(
+        'Devices that pay off', 'stage', 'batch', 'devices', 'images/s', 'time', 'device hours',
+        f'images/s on {num_devices:,}', 'time', 'device hours',
+    )  # fmt: skip
+    for stage in plan.stages:
+        cells = []
+        for count in (model.worthwhile(stage.batch_size, num_devices), num_devices):
+            seconds = model.update(stage.batch_size, count)
+            hours = stage.num_updates * seconds / 3600
+            cells += [f'{stage.batch_size / seconds:,.0f}', f'{hours:,.3g} h', f'{count * hours:,.3g}']
+        paying = model.worthwhile(stage.batch_size, num_devices)
+        table.add_row(str(stage.index), f'{stage.batch_size:,}', f'{paying:,}', *cells)
+    _print(table)
+    _print(
+        f'Twice the devices pay off where they are {WORTH:g} times as fast. To use more of them from a '
+        'stage on, stop the run after its first checkpoint and start the same command on more'
     )
 
 
@@ -189,8 +244,8 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
     table = _table('Wall time', 'part', 'seconds', 'share')
     for part, share in shares.items():
         table.add_row(part, f'{share * summary["wall_seconds"]:,.2f}', f'{share:.1%}')
-    console.print(table)
-    console.print(
+    _print(table)
+    _print(
         f'{summary["updates"]:,} updates in {summary["wall_seconds"]:,.1f} s; compilation, mostly '
         f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
         'waiting; stall: at the beginning of stages; other: setting up'
@@ -199,7 +254,7 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """Prints what an evaluation of a checkpoint gave."""
-    console.print(
+    _print(
         f'update {result["step"]:,}, epoch {result["epoch"]:.4g}: {result["split"]} loss '
         f'{result["loss"]:.4f}, accuracy {result["accuracy"]:.2%} of {result["num_examples"]:,} '
         'examples'

@@ -65,13 +65,23 @@ def train(
       SaveFailed: it could not be saved where it ended.
     """
     config, directory = resolve(config), pathlib.Path(directory)
-    with user_errors('workdir'):
-        workdir.check(config, directory, may_differ=SCHEDULE if allow_schedule_change else ())
-    with workdir.locked(directory):
+    may_differ = SCHEDULE if allow_schedule_change else ()
+    with contextlib.ExitStack() as stack:
+        # Only the first of several processes touches the work directory; what it finds is told to all.
+        distributed.from_first(lambda: stack.enter_context(_claimed(config, directory, may_differ)))
         attempt: Attempt | None = Attempt()
         while attempt is not None:
             summary, attempt = _try(attempt, config, directory, stop)
     return summary
+
+
+@contextlib.contextmanager
+def _claimed(config, directory: pathlib.Path, may_differ: tuple[str, ...]) -> Iterator[None]:
+    """A work directory that belongs to this run, and is in use by nobody else."""
+    with user_errors('workdir'):
+        workdir.check(config, directory, may_differ)
+    with workdir.locked(directory):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +109,8 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
         try:
             return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
+            if not distributed.is_alone():  # the others do not know of it, and wait
+                raise
             size = run.upcoming.batch_size if run.upcoming else run.host.batch_size
             smaller = memory.smaller_microbatch(error, run.experiment, size)
             reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
@@ -134,7 +146,7 @@ def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dic
             run.save()
         if distributed.asked_to_stop(run.dispatches, stop):
             run.save()
-            run.checkpointer.wait()
+            distributed.from_first(lambda: run.checkpointer.wait())
             raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')
     return run.finish()
 
@@ -170,9 +182,10 @@ def open_run(
     experiment = describe(config)
     steps.CACHE.clear(keep=experiment.may_use)
     folder, host = directory / checkpoint.FOLDER, None
+    is_new = distributed.from_first(lambda: not checkpoint.steps(folder))
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
-        if config.compile.precompile and not checkpoint.steps(folder):
+        if config.compile.precompile and is_new:
             experiment.begin_compiling()
         with user_errors('config.dataset'):
             pipeline = input_pipeline.create(config, experiment.info, experiment.clock, experiment.load)
@@ -180,20 +193,25 @@ def open_run(
         state = train_state.create(
             experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
         )
-        if checkpoint.steps(folder):
-            with user_errors('workdir'):
-                state, host = checkpoint.restore(folder, target=state, report=terminal.say)
+        if not is_new:
+            state, host = _restored(folder, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(config, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
         experiment = memory.fit(experiment)
-        state = distributed.replicate(state)
-        workdir.create(config, experiment.plan, directory)
-        with user_errors('workdir'):
-            checkpoint.set_aside_after(folder, int(state.step))
-            writer = metrics.MetricsWriter(directory, terminal.say)
-            stack.enter_context(contextlib.closing(writer))
-            saver = checkpoint.Checkpointer(folder, terminal.say)
-            stack.enter_context(contextlib.closing(saver))
+        state = distributed.replicate(distributed.share(state))
+        writer, saver = metrics.NoWriter(), checkpoint.NoCheckpointer()  # but for the first process
+
+        def open_files():
+            nonlocal writer, saver
+            workdir.create(config, experiment.plan, directory)
+            with user_errors('workdir'):
+                checkpoint.set_aside_after(folder, int(state.step))
+                writer = metrics.MetricsWriter(directory, terminal.say)
+                stack.enter_context(contextlib.closing(writer))
+                saver = checkpoint.Checkpointer(folder, terminal.say)
+                stack.enter_context(contextlib.closing(saver))
+
+        distributed.from_first(open_files)
         run = Run(experiment, pipeline, writer, saver, state, _host_state(experiment, host))
         if attempt.fall_backs is not None:
             run.host.counts['fall_backs'] = attempt.fall_backs
@@ -205,6 +223,19 @@ def open_run(
         stack.enter_context(run.display)
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
+
+
+def _restored(folder: pathlib.Path, state: train_state.TrainState):
+    """The state and the host state of the last checkpoint; the state in the first process only."""
+
+    def read():
+        nonlocal state
+        with user_errors('workdir'):
+            state, host = checkpoint.restore(folder, target=state, report=terminal.say)
+        return host
+
+    host = distributed.from_first(read)
+    return state, host
 
 
 def _host_state(experiment: Experiment, saved: dict[str, Any] | None) -> HostState:

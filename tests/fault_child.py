@@ -9,6 +9,9 @@ import signal
 import sys
 
 from adabatch_jax import checkpoint, evaluate, main, metrics, run, workdir
+from adabatch_jax.distributed import processes
+
+processes.HEARTBEAT_SECONDS = 10  # of one of several processes that is killed
 
 # Where, and whether before or after it is called.
 POINTS = {

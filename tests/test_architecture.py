@@ -17,11 +17,16 @@ ALLOWED = {
     'compilation_cache': set(),
     'distributed': set(),
     'config': set(),
-    'policies': {'schedules'},
+    'figures': set(),
+    'policies': {'scaling', 'schedules'},
+    'scaling': {'schedules'},
+    'timing': {
+        'compilation_cache', 'distributed', 'experiment', 'steps', 'stream', 'terminal', 'train_state',
+    },
     'train_state': {'checkpoint'},
     'steps': {'compilation_cache', 'train_state', 'gradient_statistics', 'line_search', 'metrics'},
     'input_pipeline': {'distributed'},
-    'terminal': {'schedules'},
+    'terminal': {'scaling', 'schedules'},
     'host_state': set(),
     'workdir': {'config', 'checkpoint', 'experiment', 'metrics', 'policies', 'schedules'},
     'experiment': {
@@ -33,16 +38,16 @@ ALLOWED = {
     'probing': {'distributed', 'metrics', 'schedules', 'stream'},
     'stream': {'distributed', 'experiment', 'schedules', 'steps', 'train_state'},
     'records': {'compilation_cache', 'host_state', 'metrics', 'train_state'},
-    'memory': {'config', 'experiment', 'steps'},
+    'memory': {'config', 'distributed', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',
         'memory', 'metrics', 'steps', 'train_state',
     },
     'main': {
-        'command_line', 'config', 'distributed', 'evaluate', 'huge_pages', 'metrics', 'terminal',
-        'train', 'workdir',
+        'command_line', 'config', 'distributed', 'evaluate', 'experiment', 'huge_pages', 'metrics',
+        'scaling', 'terminal', 'train', 'workdir',
     },
-    'command_line': {'config'},
+    'command_line': {'config', 'distributed'},
     'huge_pages': set(),
 }  # fmt: skip
 EVERYTHING_BUT = {

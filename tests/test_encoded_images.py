@@ -404,7 +404,7 @@ def run_config(folder, **changes):
     config = default_config()
     settings = {
         'num_epochs': 4.0,
-        'model.name': 'resnet8',
+        'model.name': 'cnn',
         'dataset.name': 'image_folder',
         'dataset.data_dir': str(folder),
         'dataset.eval_split': 'val',

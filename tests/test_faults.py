@@ -15,6 +15,7 @@ from adabatch_jax import checkpoint, metrics, train_state
 
 FLAGS = (
     '--config=configs/quickstart.py',
+    '--config.model.name=cnn',
     '--config.dataset.train_split=train[:25%]',
     '--config.dataset.eval_split=test[:64]',
     '--config.dataset.eval_batch_size=32',

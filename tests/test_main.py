@@ -20,7 +20,7 @@ def get_config():
     config = default_config()
     config.num_epochs = 2.0
     config.log_every_steps = 2
-    config.model.name = 'resnet8'
+    config.model.name = 'cnn'
     config.dataset.name = 'synthetic'
     config.dataset.num_examples = 64
     config.dataset.image_size = 8
@@ -195,7 +195,7 @@ def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_
     assert call(*evaluation, '--config.dataset.eval_split=train[:16]') == 0
     assert 'of 16 examples' in capsys.readouterr().out
     assert call(*evaluation, '--config.model.name=resnet14') == 2
-    assert "model.name ('resnet14' here, 'resnet8' there)" in capsys.readouterr().err
+    assert "model.name ('resnet14' here, 'cnn' there)" in capsys.readouterr().err
 
 
 def test_help_explains_the_flags(capsys):

@@ -18,7 +18,7 @@ def make_config(**changes):
     config = default_config()
     settings = {
         'num_epochs': 3.0,
-        'model.name': 'resnet8',
+        'model.name': 'cnn',
         'dataset.name': 'synthetic',
         'dataset.num_examples': 64,
         'dataset.image_size': 8,

@@ -10,6 +10,7 @@ from adabatch_jax import models, optimizers, train_state
 from adabatch_jax.models import conv
 
 COUNTS = {  # name: (classes, image size, parameters)
+    'cnn': (10, 32, 5_466),
     'resnet8': (10, 32, 78_042),
     'resnet20': (10, 32, 272_474),
     'resnet110': (10, 32, 1_730_714),

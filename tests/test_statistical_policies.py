@@ -11,9 +11,9 @@ import math
 import numpy as np
 import pytest
 
-from adabatch_jax import gradient_statistics, policies, schedules
+from adabatch_jax import gradient_statistics, policies, scaling, schedules
 from adabatch_jax.config import default_config
-from adabatch_jax.policies import Observation, adascale, goodput
+from adabatch_jax.policies import Observation, adascale
 
 NUM_EXAMPLES = 10_000
 GROUPS = 8
@@ -230,10 +230,10 @@ def test_goodput_is_largest_at_the_root_of_fixed_time_and_noise_scale(fixed, per
 
 
 def test_step_times_are_fitted_exactly_where_they_are_linear_and_never_negative():
-    assert goodput.fit_times({8: 1.16, 32: 1.64, 64: 2.28}) == pytest.approx((1.0, 0.02))
-    assert goodput.fit_times({8: 1.0}) == (1.0, 0.0)
-    assert goodput.fit_times({8: 2.0, 16: 1.0})[1] == 0.0
-    fixed, per_example = goodput.fit_times({8: 1.0, 16: 4.0})
+    assert scaling.fit_line({8: 1.16, 32: 1.64, 64: 2.28}) == pytest.approx((1.0, 0.02))
+    assert scaling.fit_line({8: 1.0}) == (1.0, 0.0)
+    assert scaling.fit_line({8: 2.0, 16: 1.0})[1] == 0.0
+    fixed, per_example = scaling.fit_line({8: 1.0, 16: 4.0})
     assert fixed == 0.0 and per_example > 0
 
 

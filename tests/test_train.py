@@ -88,7 +88,7 @@ def tiny(**changes):
     values = {
         'num_epochs': 3.0,
         'log_every_steps': 4,
-        'model.name': 'resnet8',
+        'model.name': 'cnn',
         'dataset.name': 'synthetic',
         'dataset.num_examples': 100,
         'dataset.image_size': 8,

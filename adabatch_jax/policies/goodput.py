@@ -13,6 +13,7 @@ import math
 
 from adabatch_jax.policies.base import State
 from adabatch_jax.policies.statistical import StatisticalPolicy, measured_times, quotient
+from adabatch_jax.scaling import fit_line
 
 COUPLING = 'linear'
 
@@ -30,29 +31,11 @@ class Goodput(StatisticalPolicy):
         times = measured_times(state)
         if self.ladder[state['rung']] not in times:
             return math.nan
-        fixed, per_example = fit_times(times)
+        fixed, per_example = fit_line(times)
         noise_scale = quotient(averages['variance'], averages['squared_gradient'])
         if not per_example:  # as far as is known a larger batch costs nothing
             return math.inf if noise_scale > 0 else math.nan
         return math.sqrt(fixed * noise_scale / per_example)
-
-
-def fit_times(times: dict[int, float]) -> tuple[float, float]:
-    """Least squares of ``seconds = a + c * batch_size`` with a and c not negative.
-
-    Every size counts by its relative error, since larger batches take longer in all their parts.
-    """
-    if len(times) == 1:
-        return next(iter(times.values())), 0.0
-    # Minimise sum(((a + c B) / T - 1)^2).
-    u = [1 / seconds for seconds in times.values()]
-    v = [size / seconds for size, seconds in times.items()]
-    uu, uv, vv = (sum(x * y for x, y in zip(*p, strict=True)) for p in ((u, u), (u, v), (v, v)))
-    determinant = uu * vv - uv**2
-    a, c = (vv * sum(u) - uv * sum(v)) / determinant, (uu * sum(v) - uv * sum(u)) / determinant
-    if a < 0:
-        return 0.0, sum(v) / vv
-    return (a, c) if c >= 0 else (sum(u) / uu, 0.0)
 
 
 create = Goodput

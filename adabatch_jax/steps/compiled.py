@@ -47,8 +47,12 @@ class CompiledStep:
         return self.executable(*args)
 
 
-def _pmap(fn, in_axes, out_axes=None, donate=()):
-    return jax.pmap(fn, AXIS_NAME, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+def _compile(shapes, fn, in_axes, out_axes=None, donate=()):
+    """Compiles ``fn`` mapped over all devices, for arguments of some shapes."""
+    step = jax.pmap(fn, AXIS_NAME, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+    # Abstract values: with several processes pmap takes everything else for arrays of this process.
+    shapes = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), shapes)
+    return step.lower(*shapes).compile()
 
 
 def batch_shapes(spec: StepSpec) -> dict[str, Any]:
@@ -107,25 +111,34 @@ class AccumulatingStep:
             totals = accumulate(spec, state, totals, batch, first_microbatch)
             return totals, totals[2]['count'] + 0  # a copy to wait for: the totals are given away
 
-        zero = _pmap(
-            lambda state, _: zero_totals(spec, state), (None, 0), 0
-        )  # pmap wants an axis to map
-        add = _pmap(add, (None, 0, 0, None), 0, donate=1)
-        apply = _pmap(functools.partial(apply_gradients, spec), (None, 0, None, None), donate=0)
-        self._microbatches = spec.num_microbatches // spec.num_parts
-        self._devices = np.arange(jax.device_count(), dtype=np.int32)
-        self._zero = zero.lower(state, self._devices).compile()
-        self._add = add.lower(state, totals, batch, index).compile()
-        self._apply = apply.lower(state, totals, *scalars).compile()
+        def zero(state, _):  # pmap wants an axis to map
+            return zero_totals(spec, state)
+
+        devices = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32)
+        apply = functools.partial(apply_gradients, spec)
+        self._zero = _compile((state, devices), zero, (None, 0), 0)
+        self._add = _compile((state, totals, batch, index), add, (None, 0, 0, None), 0, donate=1)
+        self._apply = _compile((state, totals, *scalars), apply, (None, 0, None, None), donate=0)
+        of_device, of_index = (step.input_shardings[0][-1] for step in (self._zero, self._add))
+        self._devices = _put(np.arange(jax.device_count(), dtype=np.int32), of_device)
+        microbatches = spec.num_microbatches // spec.num_parts
+        self._first = [_put(np.int32(k * microbatches), of_index) for k in range(spec.num_parts)]
         self.memory_bytes = max(_memory_bytes(step) for step in (self._add, self._apply))
 
     def __call__(self, state, parts, learning_rate, examples_seen):
         totals, before = self._zero(state, self._devices), None
-        for k, part in enumerate(parts):
-            totals, done = self._add(state, totals, part, np.int32(k * self._microbatches))
+        for part, first_microbatch in zip(parts, self._first, strict=True):
+            totals, done = self._add(state, totals, part, first_microbatch)
             jax.block_until_ready(before)
             before = done
         return self._apply(state, totals, learning_rate, examples_seen)
+
+
+def _put(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
+    """An argument of a compiled step on its devices; none are named where the step has no use for it."""
+    if sharding is None:
+        return value
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _memory_bytes(executable) -> int:
@@ -148,13 +161,12 @@ def compile_step(spec: StepSpec) -> CompiledStep:
     start = time.perf_counter()
     before = compilation_cache.counts()
     if not spec.train:
-        step = _pmap(functools.partial(eval_step, spec), (None, 0))
+        executable = _compile(_shapes(spec), functools.partial(eval_step, spec), (None, 0))
+    elif spec.num_parts > 1:
+        executable = AccumulatingStep(spec)
     else:
-        updates = train_step if spec.num_updates == 1 else train_steps
-        axes = (None, _batch_axes(spec), None, None)
-        step = _pmap(functools.partial(updates, spec), axes, donate=0)
-    in_parts = spec.num_parts > 1
-    executable = AccumulatingStep(spec) if in_parts else step.lower(*_shapes(spec)).compile()
+        updates = functools.partial(train_step if spec.num_updates == 1 else train_steps, spec)
+        executable = _compile(_shapes(spec), updates, (None, _batch_axes(spec), None, None), donate=0)
     hits, misses = (b - a for a, b in zip(before, compilation_cache.counts(), strict=True))
     memory_bytes = _memory_bytes(executable)
     seconds = time.perf_counter() - start
@@ -164,8 +176,7 @@ def compile_step(spec: StepSpec) -> CompiledStep:
 def compile_part(spec: StepSpec, part: Callable) -> Callable:
     """Compiles ``part(spec, state, batch)`` of a train step by itself, such as ``batch_gradient``."""
     state, batch, *_ = _shapes(spec)
-    step = _pmap(functools.partial(part, spec), (None, _batch_axes(spec)))
-    return step.lower(state, batch).compile()
+    return _compile((state, batch), functools.partial(part, spec), (None, _batch_axes(spec)))
 
 
 class StepCache:

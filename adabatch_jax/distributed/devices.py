@@ -2,27 +2,31 @@
 
 import collections
 import itertools
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS_NAME = 'batch'
 
 
 def mesh() -> Mesh:
-    """All devices of all processes along one axis, ``'batch'``."""
-    return Mesh(np.array(jax.devices()), (AXIS_NAME,))
+    """All devices along one axis, ``'batch'``, process after process, as ``pmap`` takes them."""
+    by_process = (jax.local_devices(process_index=k) for k in range(jax.process_count()))
+    return Mesh(np.array(list(itertools.chain(*by_process))), (AXIS_NAME,))
 
 
 def replicated() -> NamedSharding:
     """One copy on every device, without a leading device axis."""
     return NamedSharding(mesh(), PartitionSpec())
+
+
+def sharded() -> NamedSharding:
+    """The leading axis, one entry for each device, spread over the devices."""
+    return NamedSharding(mesh(), PartitionSpec(AXIS_NAME))
 
 
 def replicate(tree: Any) -> Any:
@@ -32,24 +36,22 @@ def replicate(tree: Any) -> Any:
     compiled function is.
     """
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    return copy(jax.device_put(tree, replicated()))
+    return copy(put_everywhere(tree))
 
 
-def asked_to_stop(dispatch: int, stop: threading.Event | None) -> bool:
-    """Whether to save and end; the same answer in every process after the same dispatch.
+def put_everywhere(tree: Any) -> Any:
+    """Puts arrays on all devices, a copy on each; a step that donates needs ``replicate``.
 
-    With one process: whether ``stop`` is set. With several, JAX's preemption service watches for SIGTERM
-    in each of them, and they agree on a dispatch that none has passed yet; every process has to ask
-    after every dispatch, counted without gaps.
+    Every process gives the same; ``processes.share`` sees to that where it is not certain.
     """
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(dispatch)
-    return stop is not None and stop.is_set()
+    sharding = replicated()
 
+    def put_one(x):
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-def sharded() -> NamedSharding:
-    """The leading axis, one entry for each device, spread over the devices."""
-    return NamedSharding(mesh(), PartitionSpec(AXIS_NAME))
+    return jax.tree.map(put_one, tree)
 
 
 def local_rows(batch_size: int) -> slice:
@@ -86,11 +88,6 @@ def put_split(batch: Any) -> Any:
     """As ``put``, for host arrays ``[devices of this process, ...]``."""
     sharding = sharded()
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def put_everywhere(tree: Any) -> Any:
-    """Puts host arrays on all devices, a copy on each; a step that donates needs ``replicate``."""
-    return jax.device_put(tree, replicated())
 
 
 def put_ahead(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:

@@ -1,0 +1,223 @@
+"""The processes of a run: how they begin, agree and end together.
+
+JAX's own runtime connects them (``jax.distributed``): train steps run over the devices of all, and the
+first process serves the others with a store of keys and values, with heartbeats and with notices of
+preemption. Whatever must not differ between processes is made once, by the first, which tells the
+others: what the work directory holds, and which batch size comes next. The store is used for that, not
+the devices, so that nobody waits for the update in flight.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed, xla_bridge  # the store and this question have no public name
+from jax.experimental import multihost_utils
+
+T = TypeVar('T')
+
+HEARTBEAT_SECONDS = 60  # without a sign of life from a process all others end
+SHUTDOWN_SECONDS = 60  # that the first to end waits for the others
+_POLL_SECONDS = 1.0  # between two looks at whether another process has failed
+_GRACE_SECONDS = 5.0  # for a process that fails by itself, as the others do
+_LONG = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat
+_FAILED = 'adabatch_jax/failed'
+_BLOCK = 1000  # messages that are removed from the store together
+
+_messages = itertools.count()
+_failing = threading.Event()
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Makes this process one of those of a run; to be called before anything else is done with JAX.
+
+    Args:
+      coordinator_address: ``HOST:PORT`` of the first process, the same in all.
+      num_processes: how many there are; 1: this one alone, whatever it runs on.
+      process_id: which of them this is, from 0.
+
+    What is left out is found by JAX under SLURM, Open MPI, Kubernetes or on a TPU pod. Where nothing is
+    given or found, this process is alone.
+
+    Raises:
+      ValueError: the arguments do not go together, something is missing that cannot be found, or the
+        processes have different numbers of devices.
+    """
+    given = {
+        'coordinator_address': coordinator_address,
+        'num_processes': num_processes,
+        'process_id': process_id,
+    }
+    _check(**given)
+    some = any(value is not None for value in given.values())
+    if num_processes == 1 or jax.distributed.is_initialized():
+        return
+    if not some and xla_bridge.backends_are_initialized():
+        return  # a notebook, which has been using JAX by itself
+    try:
+        jax.distributed.initialize(
+            **given,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        if not some and isinstance(error, ValueError):
+            return  # nothing was found
+        missing = [key for key, value in given.items() if value is None]
+        advice = f'; give {" and ".join(missing)}, or num_processes=1 to go on alone' if missing else ''
+        raise ValueError(
+            f'num_processes: got {num_processes}, and the processes cannot be brought together: '
+            f'{" ".join(str(error).split())}{advice}'
+        ) from error
+    devices = [len(jax.local_devices(process_index=k)) for k in range(jax.process_count())]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f'num_processes: got processes with {devices} devices; accepted: as many in each process'
+        )
+    if jax.process_count() > 1:
+        threading.Thread(target=_watch, name='watch', daemon=True).start()
+
+
+def _check(coordinator_address, num_processes, process_id) -> None:
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f'num_processes: got {num_processes}; accepted: 1 or more')
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        raise ValueError(
+            f'process_id: got {process_id} of {num_processes or "?"} processes; accepted: 0 to '
+            'num_processes - 1'
+        )
+    _, colon, port = (coordinator_address or 'host:0').rpartition(':')
+    if not (colon and port.isdecimal()):
+        raise ValueError(
+            f'coordinator_address: got {coordinator_address!r}; accepted: HOST:PORT of the first process'
+        )
+
+
+def is_alone() -> bool:
+    """Whether there is one process only."""
+    return jax.process_count() == 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+# ------------------------------------------------------------------------------------- to agree
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` returns in the first process, in all; or what it raises there.
+
+    Every process calls it in the same order, from one thread. ``make`` is called in the first process
+    only, which does not wait for the others. What it returns has to be picklable and small.
+    """
+    if is_alone():
+        return make()
+    number = next(_messages)
+    block = f'adabatch_jax/messages/{number // _BLOCK}'
+    if is_first():
+        try:
+            message = True, make()
+        except Exception as error:
+            message = False, error
+        _store().key_value_set_bytes(f'{block}/{number}', pickle.dumps(message))
+    else:
+        message = pickle.loads(_store().blocking_key_value_get_bytes(f'{block}/{number}', _LONG))
+    if (number + 1) % _BLOCK == 0:  # all have read it
+        _store().wait_at_barrier(block, _LONG)
+        if is_first():
+            _store().key_value_delete(f'{block}/')
+    succeeded, value = message
+    if not succeeded:
+        raise value
+    return value
+
+
+def share(tree: Any) -> Any:
+    """The arrays of the first process, in all, bit for bit, as numpy arrays.
+
+    Args:
+      tree: pytree of arrays; the other processes give the same structure, shapes and dtypes.
+    """
+    if is_alone():
+        return tree
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    # As bytes: the broadcast is a sum, which would turn -0.0 into 0.0.
+    sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+    received = multihost_utils.broadcast_one_to_all(sent)
+    arrays = [np.array(y).view(x.dtype).reshape(x.shape) for x, y in zip(leaves, received, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def smallest(value: float) -> float:
+    """The smallest of the values that the processes give, in single precision."""
+    if is_alone():
+        return value
+    return float(multihost_utils.process_allgather(np.float32(value)).min())
+
+
+def asked_to_stop(dispatch: int, stop: threading.Event | None) -> bool:
+    """Whether to save and end; the same answer in every process after the same dispatch.
+
+    With one process: whether ``stop`` is set. With several, JAX's preemption service watches for SIGTERM
+    in each of them, and they agree on a dispatch that none has passed yet; every process has to ask
+    after every dispatch, counted without gaps.
+    """
+    if is_alone():
+        return stop is not None and stop.is_set()
+    return multihost_utils.reached_preemption_sync_point(dispatch)
+
+
+def _store():
+    return distributed.global_state.client
+
+
+# --------------------------------------------------------------------------------------- to end
+
+
+def fail(status: int, line: str) -> int:
+    """Tells the other processes that this one ends, so that none waits for it; returns ``status``.
+
+    The first process that fails prints its ``line``; one that fails after it, as all do after a mistake
+    in the config, has nothing to add. Those that would go on end with the same status.
+    """
+    if not jax.distributed.is_initialized() or is_alone():
+        print(line, file=sys.stderr)
+        return status
+    _failing.set()
+    try:
+        _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line]))
+    except jax.errors.JaxRuntimeError:  # another was first
+        return status
+    print(line if is_first() else f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
+    return status
+
+
+def _watch() -> None:
+    """Ends this process when another has failed, also where it waits for what will never come."""
+    while not _failing.wait(_POLL_SECONDS):
+        try:
+            who, status, line = json.loads(_store().key_value_try_get(_FAILED))
+            break
+        except jax.errors.JaxRuntimeError:  # nobody has
+            continue
+        except AttributeError:  # the runtime has been shut down
+            return
+    if _failing.wait(_GRACE_SECONDS) or not jax.distributed.is_initialized():
+        return  # it ends by itself
+    if is_first():
+        print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
+    jax.distributed.shutdown()
+    os._exit(status)

@@ -1,0 +1,309 @@
+"""Several processes: the same run in any layout, and all of them begin, agree and end together."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+from conftest import ROOT
+from layout_child import BASIS, RUNS, SHARED
+
+from adabatch_jax import distributed, metrics, schedules, train_state
+from adabatch_jax.input_pipeline import order
+
+LAYOUTS = {'1 x 4': (1, 4), '2 x 2': (2, 2), '4 x 1': (4, 1)}
+# Of the largest weight: what another order of summation makes of it in some twenty updates.
+BOUND = 1e-5
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments, devices):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(started, timeout=300):
+    """Output and exit status of each; none outlives the test."""
+    try:
+        return [(process.communicate(timeout=timeout)[0], process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+# -------------------------------------------------------------------- the same run in any layout
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """What each process of each layout took part in, and the weights, by layout and name of the run."""
+    found = {}
+    for layout, (num_processes, devices) in LAYOUTS.items():
+        out, port = tmp_path_factory.mktemp('layout'), free_port()
+        child = ROOT / 'tests/layout_child.py'
+        ends = finish(
+            [start((child, out, port, num_processes, k), devices) for k in range(num_processes)]
+        )
+        assert [status for _, status in ends] == [0] * num_processes, ends
+        for name in RUNS:
+            of_processes = [
+                json.loads((out / f'{name}-{k}.json').read_text()) for k in range(num_processes)
+            ]
+            with np.load(out / f'{name}.npz') as file:
+                found[layout, name] = of_processes, list(file.values())
+        found[layout] = out
+    return found
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', RUNS)
+def test_all_processes_take_the_same_updates_and_end_in_the_same_weights(runs, layout, name):
+    processes_, _ = runs[layout, name]
+    taken = [[update[:2] for update in process['updates']] for process in processes_]
+    assert all(updates == taken[0] for updates in taken)
+    assert len({process['digest'] for process in processes_}) == 1
+    assert all(process['evaluations'] == processes_[0]['evaluations'] for process in processes_)
+
+
+@pytest.mark.parametrize('name', [name for name in RUNS if name != 'in parts'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_processes_have_every_example_of_a_batch_once(runs, layout, name):
+    """Against the order of examples, drawn here from its seeds: also past the end of an epoch."""
+    processes_, _ = runs[layout, name]
+    n = BASIS['dataset.num_examples']
+    stream = np.concatenate([np.random.default_rng((0, epoch)).permutation(n) for epoch in range(4)])
+    for updates in zip(*(process['updates'] for process in processes_), strict=True):
+        start, size, _ = updates[0]
+        assert sum((examples for _, _, examples in updates), []) == stream[start : start + size].tolist()
+
+
+@pytest.mark.parametrize('layout', ['2 x 2', '4 x 1'])
+@pytest.mark.parametrize('name', [name for name in RUNS if name != 'goodput'])
+def test_a_run_is_the_same_in_any_layout(runs, layout, name):
+    (alone, *_), expected = runs['1 x 4', name]
+    (first, *_), weights = runs[layout, name]
+    assert [u[:2] for u in first['updates']] == [u[:2] for u in alone['updates']]
+    largest = max(np.abs(x).max() for x in expected)
+    for x, y in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=BOUND * largest)
+    for a, b in zip(first['evaluations'], alone['evaluations'], strict=True):
+        assert a['num_examples'] == b['num_examples'] == BASIS['dataset.num_examples']
+        assert abs(a['loss'] - b['loss']) < BOUND * b['loss']
+
+
+def test_runs_change_their_batch_inside_epochs_and_by_decisions(runs):
+    for name in RUNS:
+        (alone, *_), _ = runs['1 x 4', name]
+        sizes = [size for _, size, _ in alone['updates']]
+        assert len(set(sizes)) > 1, name
+        inside = [s for (s, a, _), b in zip(alone['updates'][1:], sizes, strict=False) if a != b]
+        assert any(start % BASIS['dataset.num_examples'] for start in inside) or name == 'local'
+
+
+@pytest.mark.parametrize('layout', ['2 x 2', '4 x 1'])
+def test_shared_arrays_are_those_of_the_first_process_bit_for_bit(runs, layout):
+    for k in range(LAYOUTS[layout][0]):
+        with np.load(runs[layout] / f'shared-{k}.npz') as file:
+            received = list(file.values())
+        for x, y in zip(received, SHARED, strict=True):
+            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+# ------------------------------------------------------------------------ each has its own share
+
+
+@pytest.mark.parametrize('num_processes', [1, 2, 4])
+def test_a_process_reads_its_share_of_each_batch_and_nothing_else(monkeypatch, num_processes):
+    """Twelve updates that change their size inside an epoch, some in two parts a device."""
+    clock, seed = schedules.Clock(50, 10), 3
+    shares = []
+    for k in range(num_processes):
+        monkeypatch.setattr(distributed.devices.jax, 'process_count', lambda: num_processes)
+        monkeypatch.setattr(distributed.devices.jax, 'process_index', lambda k=k: k)
+        monkeypatch.setattr(distributed.devices.jax, 'local_device_count', lambda: 4 // num_processes)
+        position, drawn = 0, []
+        for size, parts in [(8, 1), (16, 2), (40, 1), (8, 2)]:
+            batches = order.update_examples(seed, clock, position, size, parts)
+            for _ in range(3):
+                parts_ = [next(batches)[0] for _ in range(parts)]
+                per_device = [x.reshape(4 // num_processes, -1) for x in parts_]
+                drawn.append(np.concatenate(per_device, 1).ravel())
+                position += size
+        shares.append(drawn)
+    position = 0
+    for batch in zip(*shares, strict=True):
+        together = np.concatenate(batch)
+        assert len({len(share) for share in batch}) == 1
+        expected, _ = order.examples_at(seed, 50, position, len(together))
+        np.testing.assert_array_equal(together, expected)
+        position += len(together)
+
+
+# -------------------------------------------------------------------------------- the command line
+
+FLAGS = ('--config=tests/small_run.py', '--config.checkpoint_every_epochs=0.5')
+
+
+def commands(workdir, *faults, devices=2, flags=()):
+    """Two processes of the command, which get the signals at the points that ``faults`` say."""
+    port = free_port()
+    return [
+        start(
+            (
+                *(ROOT / 'tests/fault_child.py', *fault),
+                *(*FLAGS, *flags, f'--workdir={workdir}', f'--coordinator_address=localhost:{port}'),
+                *('--num_processes=2', f'--process_id={k}'),
+            ),
+            devices,
+        )
+        for k, fault in enumerate(faults)
+    ]
+
+
+NONE = ('SIGTERM', 'an update was seen', 10**6)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    (output, status), (silent, other) = finish(commands(workdir, NONE, NONE))
+    assert (status, other) == (0, 0), output
+    assert 'accuracy' in output and 'accuracy' not in silent
+    return workdir
+
+
+def digest(workdir):
+    return train_state.params_digest(train_state.restore(workdir))
+
+
+def test_killed_and_preempted_processes_end_together_and_a_restart_ends_in_the_same_weights(
+    whole, tmp_path
+):
+    workdir = tmp_path / 'run'
+    killed = finish(commands(workdir, NONE, ('SIGKILL', 'an update was seen', 13)), timeout=120)
+    assert killed[1][1] == -signal.SIGKILL
+    assert killed[0][1] not in (0, 2, 143)
+    assert 'another task died' in killed[0][0] or 'process 1' in killed[0][0]
+
+    preempted = finish(commands(workdir, NONE, ('SIGTERM', 'an update was seen', 3)))
+    assert [status for _, status in preempted] == [143, 143], preempted
+    assert preempted[0][0].count('stopped and saved at update') == 1
+    assert 'stopped' not in preempted[1][0]
+    stopped_at = int(train_state.restore(workdir).step)
+    assert 0 < stopped_at < 24
+
+    elsewhere = tmp_path / 'elsewhere'
+    shutil.copytree(workdir, elsewhere)
+    finish_alone = start(('-m', 'adabatch_jax.main', *FLAGS, f'--workdir={elsewhere}'), 4)
+    ((output, status),) = finish([finish_alone])
+    assert status == 0, output
+
+    assert [status for _, status in finish(commands(workdir, NONE, NONE))] == [0, 0]
+    assert digest(workdir) == digest(whole)
+    records = [
+        {key: r[key] for key in ('kind', 'step', 'loss')}
+        for r in metrics.read_records(workdir)
+        if r['kind'] in ('train', 'eval')
+    ]
+    expected = [
+        {key: r[key] for key in ('kind', 'step', 'loss')}
+        for r in metrics.read_records(whole)
+        if r['kind'] in ('train', 'eval')
+    ]
+    assert records == expected
+
+    weights, others = (train_state.restore(w).params for w in (workdir, elsewhere))
+    flat = [jax.flatten_util.ravel_pytree(tree)[0] for tree in (weights, others)]
+    assert np.abs(flat[0] - flat[1]).max() < BOUND * np.abs(flat[0]).max()
+
+
+def test_when_the_first_process_is_killed_the_others_end(tmp_path):
+    ends = finish(commands(tmp_path, ('SIGKILL', 'an update was seen', 5), NONE), timeout=120)
+    assert ends[0][1] == -signal.SIGKILL and ends[1][1] not in (0, 143)
+
+
+def test_a_mistake_that_all_processes_see_is_told_once(tmp_path):
+    ends = finish(commands(tmp_path, NONE, NONE, flags=('--config.batch.base_size=6',)))
+    assert [status for _, status in ends] == [2, 2]
+    together = ends[0][0] + ends[1][0]
+    assert together.count('error: config.batch: batch size 6 does not divide evenly over 4') == 1
+    assert 'Traceback' not in together
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_that_one_process_sees_ends_all_with_its_message(tmp_path):
+    data = tmp_path / 'data'
+    data.mkdir()
+    images = np.zeros((64, 8, 8, 1), np.uint8)
+    for split in ('train', 'test'):
+        np.savez(data / f'{split}.npz', images=images, labels=np.arange(64) % 10)
+    port, started = free_port(), []
+    for k, folder in enumerate((data, tmp_path / 'nowhere')):
+        flags = ('--config.dataset.name=npz', f'--config.dataset.data_dir={folder}')
+        processes_ = (
+            f'--coordinator_address=localhost:{port}',
+            '--num_processes=2',
+            f'--process_id={k}',
+        )
+        command = ('-m', 'adabatch_jax.main', *FLAGS, *flags, f'--workdir={tmp_path / "run"}')
+        started.append(start((*command, *processes_), 2))
+    ends = finish(started, timeout=120)
+    assert [status for _, status in ends] == [2, 2], ends
+    assert 'process 1 failed: error: config.dataset' in ends[0][0] and 'nowhere' in ends[0][0]
+    assert 'process 1: error: config.dataset' in ends[1][0]
+    assert not any('Traceback' in output for output, _ in ends)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('localhost:1', 2, 2), 'process_id: got 2 of 2 processes; accepted: 0 to num_processes - 1'),
+        (('localhost:1', 0, 0), 'num_processes: got 0; accepted: 1 or more'),
+        (('localhost', 2, 0), "coordinator_address: got 'localhost'; accepted: HOST:PORT"),
+        ((None, 2, None), 'num_processes: got 2, and the processes cannot be brought together'),
+    ],
+)
+def test_processes_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.join(*arguments)
+
+
+def test_a_process_that_is_told_nothing_is_alone():
+    distributed.join()
+    distributed.join(num_processes=1)
+    assert distributed.is_alone() and distributed.is_first()
+    assert distributed.from_first(lambda: 3) == 3
+
+
+# ------------------------------------------------------------------------------ no deadlock
+
+
+def test_a_thousand_small_updates_on_four_devices_of_the_cpu(command_line, tmp_path):
+    """Collectives of many updates in flight would wait for threads that never run (XLA's CPU client)."""
+    done = command_line(
+        *('--config=tests/small_run.py', f'--workdir={tmp_path}', '--config.dataset.pipeline=device'),
+        *('--config.batch.policy=fixed', '--config.num_epochs=63', '--config.eval_every_epochs=63'),
+        *('--config.checkpoint_every_epochs=63', '--config.log_every_steps=100'),
+        devices=4,
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics.read_records(tmp_path)[-1]['updates'] == 1008
