@@ -4,7 +4,6 @@ import difflib
 import traceback
 from collections.abc import Callable
 
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -100,8 +99,7 @@ def run(
         return distributed.fail(2, f'error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
         return distributed.fail(130, f'interrupted{interrupted}')
-    except Exception as error:
-        if not jax.distributed.is_initialized():
+    except Exception:
+        if distributed.is_alone():
             raise
-        traceback.print_exc()
-        return distributed.fail(1, f'error: {type(error).__name__}: {error}')
+        return distributed.fail(1, traceback.format_exc())

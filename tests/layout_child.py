@@ -1,6 +1,6 @@
 """One of several processes that train the same runs.
 
-    layout_child.py OUT PORT NUM_PROCESSES PROCESS_ID
+    layout_child.py OUT PORT NUM_PROCESSES PROCESS_ID RUN...
 
 Each leaves in ``OUT`` what it took part in: the positions and batch sizes of the updates, the examples
 that its devices had in each, and the evaluations.
@@ -65,7 +65,7 @@ SHARED = (
 )
 
 
-def main(out, port, num_processes, process_id):
+def main(out, port, num_processes, process_id, names):
     distributed.join(f'localhost:{port}', num_processes, process_id)
     processes._BLOCK = 7  # messages are removed from the store again and again
     shared = distributed.share([x if distributed.is_first() else np.zeros_like(x) for x in SHARED])
@@ -88,9 +88,9 @@ def main(out, port, num_processes, process_id):
 
     # Batches come as iterators of parts, or as dictionaries.
     stream.Stream.update, run.evaluate = updating, evaluating
-    for name, changes in RUNS.items():
+    for name in names:
         config = default_config()
-        config.update_from_flattened_dict(BASIS | changes)
+        config.update_from_flattened_dict(BASIS | RUNS[name])
         workdir = pathlib.Path(out, name)
         summary = train.train(config, workdir)
         result = {'updates': taken, 'evaluations': evaluated, 'digest': summary['params_digest']}
@@ -98,11 +98,11 @@ def main(out, port, num_processes, process_id):
         taken.clear()
         evaluated.clear()
     if distributed.is_first():
-        for name in RUNS:
+        for name in names:
             state, _ = checkpoint.restore(pathlib.Path(out, name, checkpoint.FOLDER))
             leaves = jax.tree.leaves({key: state[key] for key in ('params', 'batch_stats')})
             np.savez(pathlib.Path(out, f'{name}.npz'), *leaves)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5:])

@@ -18,7 +18,12 @@ from layout_child import BASIS, RUNS, SHARED
 from adabatch_jax import distributed, metrics, schedules, train_state
 from adabatch_jax.input_pipeline import order
 
-LAYOUTS = {'1 x 4': (1, 4), '2 x 2': (2, 2), '4 x 1': (4, 1)}
+LAYOUTS = {  # processes, devices of each, and what they train
+    '1 x 4': (1, 4, list(RUNS)),
+    '2 x 2': (2, 2, list(RUNS)),
+    '4 x 1': (4, 1, ['accumulated', 'local', 'noise scale']),
+}
+CASES = [(layout, name) for layout, (*_, names) in LAYOUTS.items() for name in names]
 # Of the largest weight: what another order of summation makes of it in some twenty updates.
 BOUND = 1e-5
 
@@ -29,11 +34,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(arguments, devices):
+def start(arguments, devices, environment=()):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(devices)},
+        env=os.environ
+        | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': str(devices)}
+        | dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,14 +64,14 @@ def finish(started, timeout=300):
 def runs(tmp_path_factory):
     """What each process of each layout took part in, and the weights, by layout and name of the run."""
     found = {}
-    for layout, (num_processes, devices) in LAYOUTS.items():
+    for layout, (num_processes, devices, names) in LAYOUTS.items():
         out, port = tmp_path_factory.mktemp('layout'), free_port()
         child = ROOT / 'tests/layout_child.py'
         ends = finish(
-            [start((child, out, port, num_processes, k), devices) for k in range(num_processes)]
+            [start((child, out, port, num_processes, k, *names), devices) for k in range(num_processes)]
         )
         assert [status for _, status in ends] == [0] * num_processes, ends
-        for name in RUNS:
+        for name in names:
             of_processes = [
                 json.loads((out / f'{name}-{k}.json').read_text()) for k in range(num_processes)
             ]
@@ -74,8 +81,7 @@ def runs(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('layout, name', CASES)
 def test_all_processes_take_the_same_updates_and_end_in_the_same_weights(runs, layout, name):
     processes_, _ = runs[layout, name]
     taken = [[update[:2] for update in process['updates']] for process in processes_]
@@ -84,8 +90,7 @@ def test_all_processes_take_the_same_updates_and_end_in_the_same_weights(runs, l
     assert all(process['evaluations'] == processes_[0]['evaluations'] for process in processes_)
 
 
-@pytest.mark.parametrize('name', [name for name in RUNS if name != 'in parts'])
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('layout, name', [case for case in CASES if case[1] != 'in parts'])
 def test_the_processes_have_every_example_of_a_batch_once(runs, layout, name):
     """Against the order of examples, drawn here from its seeds: also past the end of an epoch."""
     processes_, _ = runs[layout, name]
@@ -96,8 +101,9 @@ def test_the_processes_have_every_example_of_a_batch_once(runs, layout, name):
         assert sum((examples for _, _, examples in updates), []) == stream[start : start + size].tolist()
 
 
-@pytest.mark.parametrize('layout', ['2 x 2', '4 x 1'])
-@pytest.mark.parametrize('name', [name for name in RUNS if name != 'goodput'])
+@pytest.mark.parametrize(
+    'layout, name', [case for case in CASES if case[0] != '1 x 4' and case[1] != 'goodput']
+)
 def test_a_run_is_the_same_in_any_layout(runs, layout, name):
     (alone, *_), expected = runs['1 x 4', name]
     (first, *_), weights = runs[layout, name]
@@ -242,12 +248,13 @@ def test_when_the_first_process_is_killed_the_others_end(tmp_path):
 
 
 def test_a_mistake_that_all_processes_see_is_told_once(tmp_path):
-    ends = finish(commands(tmp_path, NONE, NONE, flags=('--config.batch.base_size=6',)))
+    workdir = tmp_path / 'run'
+    ends = finish(commands(workdir, NONE, NONE, flags=('--config.batch.base_size=6',)))
     assert [status for _, status in ends] == [2, 2]
     together = ends[0][0] + ends[1][0]
     assert together.count('error: config.batch: batch size 6 does not divide evenly over 4') == 1
     assert 'Traceback' not in together
-    assert not list(tmp_path.iterdir())
+    assert not workdir.exists()
 
 
 def test_a_mistake_that_one_process_sees_ends_all_with_its_message(tmp_path):
@@ -271,6 +278,18 @@ def test_a_mistake_that_one_process_sees_ends_all_with_its_message(tmp_path):
     assert 'process 1 failed: error: config.dataset' in ends[0][0] and 'nowhere' in ends[0][0]
     assert 'process 1: error: config.dataset' in ends[1][0]
     assert not any('Traceback' in output for output, _ in ends)
+
+
+def test_processes_under_slurm_find_each_other(tmp_path):
+    """With the variables that srun sets for two tasks on one node."""
+    started = []
+    job = {'SLURM_JOB_ID': str(free_port()), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
+    for k in range(2):
+        task = job | {'SLURM_PROCID': str(k), 'SLURM_LOCALID': str(k)}
+        started.append(start(('-m', 'adabatch_jax.main', *FLAGS, '--mode=plan'), 2, task))
+    (output, status), (silent, other) = finish(started)
+    assert (status, other) == (0, 0), output + silent
+    assert '4 x 1 x 2' in output and 'Plan' not in silent
 
 
 @pytest.mark.parametrize(

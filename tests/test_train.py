@@ -15,7 +15,7 @@ from adabatch_jax.config import ConfigError
 from adabatch_jax.input_pipeline import order
 
 FIELDS = {
-    'session': {'reason', 'num_devices', 'device', 'versions'},
+    'session': {'reason', 'num_processes', 'num_devices', 'device', 'versions'},
     'train': {
         'stage',
         'batch_size',

@@ -193,6 +193,8 @@ def fail(status: int, line: str) -> int:
     The first process that fails prints its ``line``; one that fails after it, as all do after a mistake
     in the config, has nothing to add. Those that would go on end with the same status.
     """
+    if _failing.is_set():  # what failed here is that another process has
+        return status
     if not jax.distributed.is_initialized() or is_alone():
         print(line, file=sys.stderr)
         return status
@@ -217,6 +219,7 @@ def _watch() -> None:
             return
     if _failing.wait(_GRACE_SECONDS) or not jax.distributed.is_initialized():
         return  # it ends by itself
+    _failing.set()
     if is_first():
         print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
     jax.distributed.shutdown()
