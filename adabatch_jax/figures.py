@@ -14,7 +14,6 @@ STYLES = {
 def scaling(rows: list[dict[str, float]]) -> Any:
     """How many times as fast runs are on some numbers of devices; see ``scaling.predictions``."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
@@ -28,16 +27,14 @@ def scaling(rows: list[dict[str, float]]) -> Any:
         axes.plot(devices, [first / row[name] for row in rows], label=label, **STYLES[name])
     axes.plot(devices, devices, color='0.6', linestyle=':', label='as many times as devices')
     axes.set(
-        xscale='log',
-        yscale='log',
         xlabel='devices',
         ylabel='speed-up over the fixed batch on one device',
         ylim=(0.5, 2 * max(first / row[name] for row in rows for name in labels)),
     )
     axes.set_xscale('log', base=2)
     axes.set_yscale('log', base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter('{x:,g}')
+    axes.yaxis.set_major_formatter('{x:g}')
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

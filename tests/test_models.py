@@ -66,9 +66,13 @@ def test_zero_initialised_residuals_start_as_the_identity():
     assert sum(1 for scale in scales if not scale.any()) == 8  # one in each block
 
 
-def test_ghost_statistics_are_those_of_each_group():
+@pytest.mark.parametrize('in_memory', [12, 2, 6])
+def test_ghost_statistics_are_those_of_each_group(monkeypatch, in_memory):
+    """Also where they lie across the groups in which the CPU has its examples, whole or in halves."""
+    monkeypatch.setattr(conv, '_GROUP_PIXELS', in_memory * 5 * 5)
     x = np.random.default_rng(0).normal(2, 3, size=(12, 5, 5, 3)).astype(np.float32)
     layer = models.layers.BatchNorm(True, jnp.float32, 4)
+    assert conv.enter(x).shape == (12 // in_memory, 5, 5, in_memory, 3)
     variables = layer.init(jax.random.key(0), conv.enter(x))
     y, mutated = layer.apply(variables, conv.enter(x), mutable=['batch_stats'])
     groups = x.astype(np.float64).reshape(3, 4, 5, 5, 3)

@@ -3,10 +3,13 @@
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from test_distributed import free_port
 
-from adabatch_jax import benchmark, command_line, main, train
+from adabatch_jax import benchmark, command_line, main, metrics, train
 from adabatch_jax.config import default_config, resolve
 from adabatch_jax.experiment import describe
 
@@ -17,7 +20,7 @@ LINES = [
     shlex.split(line)
     for language, block in BLOCKS
     if language == 'sh'
-    for line in block.replace('\\\n', ' ').splitlines()
+    for line in block.replace('\\\n', ' ').replace(' &\n', '\n').splitlines()
 ]
 COMMANDS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.main']]
 BENCHMARKS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.benchmark']]
@@ -41,6 +44,24 @@ def test_benchmark_commands_parse_and_their_batch_sizes_are_accepted(command, mo
     monkeypatch.chdir(ROOT)
     values = command_line.parse(command[2:], benchmark.define_flags)
     assert benchmark.batch_sizes(values, describe(resolve(values.config)))
+
+
+def test_two_processes_train_one_run_as_written_but_shorter(tmp_path):
+    (block,) = (block for _, block in BLOCKS if '--num_processes=2' in block)
+    shorter = '--config.num_epochs=0.5 --config.model.name=cnn --num_processes=2'
+    for written, here in [
+        ('python ', f'{sys.executable} '),
+        ('localhost:12345', f'localhost:{free_port()}'),
+        ('runs/two', str(tmp_path)),
+        ('--num_processes=2', shorter),
+    ]:
+        assert written in block
+        block = block.replace(written, here)
+    done = subprocess.run(['bash', '-ec', f'{block}wait'], cwd=ROOT, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = metrics.read_records(tmp_path)
+    assert (records[0]['num_processes'], records[0]['num_devices']) == (2, 4)
+    assert records[-1]['kind'] == 'summary'
 
 
 def test_printed_plan_is_the_one_that_is_printed(monkeypatch, capsys):

@@ -25,6 +25,7 @@ T = TypeVar('T')
 
 HEARTBEAT_SECONDS = 60  # without a sign of life from a process all others end
 SHUTDOWN_SECONDS = 60  # that the first to end waits for the others
+_PATIENCE_SECONDS = 15.0  # with processes that have not begun
 _POLL_SECONDS = 1.0  # between two looks at whether another process has failed
 _GRACE_SECONDS = 5.0  # for a process that fails by itself, as the others do
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat
@@ -65,12 +66,19 @@ def join(
         return
     if not some and xla_bridge.backends_are_initialized():
         return  # a notebook, which has been using JAX by itself
+    at = f' at {coordinator_address}' if coordinator_address else ''
+    waiting = threading.Timer(
+        _PATIENCE_SECONDS, print, [f'waiting for the other processes{at}'], {'file': sys.stderr}
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             **given,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+        devices = [len(jax.local_devices(process_index=k)) for k in range(jax.process_count())]
     except (ValueError, RuntimeError) as error:
         if not some and isinstance(error, ValueError):
             return  # nothing was found
@@ -80,7 +88,8 @@ def join(
             f'num_processes: got {num_processes}, and the processes cannot be brought together: '
             f'{" ".join(str(error).split())}{advice}'
         ) from error
-    devices = [len(jax.local_devices(process_index=k)) for k in range(jax.process_count())]
+    finally:
+        waiting.cancel()
     if len(set(devices)) > 1:
         raise ValueError(
             f'num_processes: got processes with {devices} devices; accepted: as many in each process'

@@ -9,6 +9,7 @@ import urllib.request
 
 import numpy as np
 
+from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import encoded
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 from adabatch_jax.input_pipeline.encoded_sources import image_folder_source, records_source
@@ -199,8 +200,13 @@ def _tfds_source(dataset, seed: int) -> Source:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name, data_dir=data_dir)
-        if not builder.is_prepared():
-            _download(builder, name, data_dir, given=bool(dataset.data_dir))
+
+        def prepare():
+            if not builder.is_prepared():
+                _download(builder, name, data_dir, given=bool(dataset.data_dir))
+
+        distributed.from_first(prepare)  # on a shared disk it is there for all then
+        prepare()
         parts = tfds.as_numpy(builder.as_dataset(split=split, batch_size=1000, shuffle_files=False))
         try:
             parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]
