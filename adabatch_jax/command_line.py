@@ -29,20 +29,27 @@ def define_common(values: flags.FlagValues, argv: list[str]) -> None:
     )
 
 
-def parse(argv: list[str], define_flags: Callable[[list[str]], flags.FlagValues]) -> flags.FlagValues:
-    """The parsed command line; every mistake in it is a ``ConfigError``."""
+def parse(
+    argv: list[str], define_flags: Callable[[list[str]], flags.FlagValues], rest_is: str | None = None
+) -> flags.FlagValues:
+    """The parsed command line; every mistake in it is a ``ConfigError``.
+
+    What is no flag goes to the list flag ``rest_is``, where a command takes such arguments.
+    """
     check_overrides(argv)
     try:
         values = define_flags(argv)
         rest = values(argv)[1:]
-        if values.config is not None:
+        if 'config' in values and values.config is not None:
             dict(values.config)  # a config file that failed says so at the first access
     except (Exception, SystemExit) as error:  # a config file is the user's code: it can raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, flags.Error) and 'Traceback' not in str(error):
             raise ConfigError(' '.join(lines)) from error
         raise ConfigError(f'--config: {lines[-1]}') from error
-    if rest:
+    if rest_is:
+        values[rest_is].value = [*values[rest_is].value, *rest]
+    elif rest:
         raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
     return values
 
@@ -73,6 +80,7 @@ def run(
     define_flags: Callable[[list[str]], flags.FlagValues],
     command: Callable[[flags.FlagValues], int],
     interrupted: str = '',
+    rest_is: str | None = None,
 ) -> int:
     """Does what a command line says; returns the exit status.
 
@@ -82,6 +90,7 @@ def run(
       define_flags: the command's flags, fresh for every call.
       command: what to do; returns the exit status.
       interrupted: what to say after an interrupt from the keyboard.
+      rest_is: as for ``parse``.
     """
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold('warning')
@@ -89,11 +98,9 @@ def run(
         print(f'{doc}\n{define_flags([]).get_help()}')
         return 0
     try:
-        values = parse(argv, define_flags)
-        try:
-            distributed.join(values.coordinator_address, values.num_processes, values.process_id)
-        except ValueError as error:
-            raise ConfigError(f'--{error}') from error
+        values = parse(argv, define_flags, rest_is)
+        if 'num_processes' in values:
+            _join(values)
         return command(values)
     except ConfigError as error:
         return distributed.fail(2, f'error: {" ".join(str(error).split())}')
@@ -103,3 +110,10 @@ def run(
         if distributed.is_alone():
             raise
         return distributed.fail(1, traceback.format_exc())
+
+
+def _join(values: flags.FlagValues) -> None:
+    try:
+        distributed.join(values.coordinator_address, values.num_processes, values.process_id)
+    except ValueError as error:
+        raise ConfigError(f'--{error}') from error

@@ -1,9 +1,15 @@
-"""Figures; matplotlib is imported here only, and when it is used."""
+"""Figures; matplotlib is imported here only, and when it is used.
 
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; each line also has a mark
+of its own. Nothing here needs a display.
+"""
+
+import dataclasses
+import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
-# Of Okabe and Ito, told apart by colour-blind readers too; each line also has a mark of its own.
 STYLES = {
     'fixed': {'color': '#0072B2', 'marker': 'o'},
     'adaptive': {'color': '#D55E00', 'marker': 's'},
@@ -11,12 +17,97 @@ STYLES = {
 }
 
 
-def scaling(rows: list[dict[str, float]]) -> Any:
-    """How many times as fast runs are on some numbers of devices; see ``scaling.predictions``."""
+# For any number of groups, in their order.
+_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_MARKERS, _LINES = 'os^Dv<>', ('-', '--', ':')
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour, mark and line of a group."""
+    return {
+        'color': _COLORS[number % len(_COLORS)],
+        'marker': _MARKERS[number % len(_MARKERS)],
+        'linestyle': _LINES[number // len(_COLORS) % len(_LINES)],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What is drawn of a group.
+
+    Attributes:
+      label: of the group.
+      x, y: points.
+      low, high: of a band around them; None for none.
+      marked: positions on the x axis to mark, such as transitions.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    marked: Sequence[float] = ()
+
+
+def lines(
+    drawn: Sequence[Line | None], xlabel: str, ylabel: str, log_y: bool = False, steps=False
+) -> Any:
+    """Lines of groups over one axis.
+
+    Args:
+      drawn: one for each group, None for a group that has none; the place gives the style.
+      xlabel: with its unit.
+      ylabel: the same.
+      log_y: whether the y axis is logarithmic.
+      steps: whether a value holds until the next.
+    """
+    figure, axes = _axes()
+    for number, line in enumerate(drawn):
+        if line is None or not len(line.x):
+            continue
+        look = style(number)
+        many = {'markevery': max(1, len(line.x) // 12), 'markersize': 4, 'linewidth': 1.5}
+        axes.plot(
+            line.x,
+            line.y,
+            label=line.label,
+            drawstyle='steps-post' if steps else 'default',
+            **look | many,
+        )
+        if line.low is not None:
+            axes.fill_between(line.x, line.low, line.high, color=look['color'], alpha=0.15, linewidth=0)
+        for position in line.marked:
+            axes.axvline(position, color=look['color'], linestyle=':', linewidth=0.8, alpha=0.6)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log_y:
+        axes.set_yscale('log', base=2 if steps else 10)
+        axes.yaxis.set_major_formatter('{x:,g}')
+    _legend(figure, axes)
+    return figure
+
+
+def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    figure = Figure(figsize=(5.2, 3.9), layout='constrained')
     axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 2 if max(map(len, labels)) < 32 else 1
+        figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+
+
+def scaling(rows: list[dict[str, float]]) -> Any:
+    """How many times as fast runs are on some numbers of devices; see ``scaling.predictions``."""
+    figure, axes = _axes()
     devices, first = [row['devices'] for row in rows], rows[0]['fixed']
     labels = {
         'fixed': 'fixed batch',
@@ -35,9 +126,19 @@ def scaling(rows: list[dict[str, float]]) -> Any:
     axes.set_yscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:,g}')
     axes.yaxis.set_major_formatter('{x:g}')
-    axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(figure, axes)
     return figure
+
+
+def svg(figure: Any) -> str:
+    """A figure as an ``svg`` element, its letters as outlines, as wide as there is room."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({'svg.hashsalt': 'adabatch_jax'}):  # the same figure is the same text
+        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
+    text = buffer.getvalue()
+    return text[text.index('<svg') :]
 
 
 def save(figure: Any, path: str | os.PathLike) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
 # What keeps the devices waiting.
 OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+PAUSES = ('stall', 'evaluation', 'checkpoint', 'probe')  # which are not between the ends of updates
 SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 
 
@@ -50,3 +51,8 @@ class HostState:
     def __post_init__(self):  # a checkpoint may come from a version that counted less
         self.counts = dict.fromkeys(COUNTS, 0) | self.counts
         self.seconds = dict.fromkeys(SECONDS, 0.0) | self.seconds
+
+    @property
+    def paused_seconds(self) -> float:
+        """Seconds that are not in ``train``."""
+        return sum(self.seconds[key] for key in PAUSES)

@@ -21,7 +21,18 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from adabatch_jax import command_line, distributed, evaluate, scaling, terminal, train, workdir
+from adabatch_jax import (
+    command_line,
+    comparison,
+    distributed,
+    evaluate,
+    progress,
+    scaling,
+    sweep,
+    terminal,
+    train,
+    workdir,
+)
 from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.experiment import describe
 from adabatch_jax.metrics import read_records
@@ -62,6 +73,21 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         'Of plan: file of benchmark --scaling --json, to tell how many devices pay off.',
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        'sweep',
+        False,
+        'Train several policies and seeds, one run after the other, and compare them in a report.',
+        flag_values=values,
+    )
+    flags.DEFINE_list('seeds', [], "Of a sweep; the config's where left out.", flag_values=values)
+    flags.DEFINE_list(
+        'policies',
+        list(sweep.POLICIES),
+        'Of a sweep: the first batch size throughout, the largest, and the config as it is; or any '
+        'batch.policy.',
+        flag_values=values,
+    )
+    flags.DEFINE_bool('quiet', False, 'Print warnings and errors only.', flag_values=values)
     command_line.define_common(values, argv)
     return values
 
@@ -73,28 +99,53 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
-    config, directory = values.config, values.workdir
-    for name in ('devices', 'benchmark'):
-        if values[name].present and values.mode != 'plan':
-            raise ConfigError(
-                f'--{name}: got {values[name].value!r} with --mode={values.mode}; accepted: --mode=plan'
-            )
-    if values.mode != 'plan' and not directory:
-        raise ConfigError('--workdir: missing; give the directory of the run')
-    if config is None and values.mode != 'eval':
-        raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
-    if values.mode == 'eval':
-        config = distributed.from_first(lambda: evaluated_config(config, directory))
+    check(values)
     if values.mode == 'plan':
-        print_plan(config, values.devices, values.benchmark)
+        print_plan(values.config, values.devices, values.benchmark)
         return 0
     if values.mode == 'eval':
-        result = evaluate.evaluate_checkpoint(resolve(config), directory, values.checkpoint)
+        config = distributed.from_first(lambda: evaluated_config(values.config, values.workdir))
+        result = evaluate.evaluate_checkpoint(resolve(config), values.workdir, values.checkpoint)
         terminal.print_evaluation(result)
         return 0
+    if values.sweep:
+        directory, seeds = pathlib.Path(values.workdir), values.seeds or [values.config.seed]
+        return sweep.run(values.config, directory, values.policies, list(map(int, seeds)), values.quiet)
+    progress.quiet = values.quiet
+    try:
+        return train_run(values.config, values.workdir, values.allow_schedule_change)
+    finally:
+        progress.quiet = False
+
+
+def check(values: flags.FlagValues) -> None:
+    """Refuses flags that do not go together."""
+
+    def refuse(name, accepted):
+        got = values[name].value
+        raise ConfigError(f'--{name}: got {got!r} with --mode={values.mode}; accepted: {accepted}')
+
+    for name in ('devices', 'benchmark'):
+        if values[name].present and values.mode != 'plan':
+            refuse(name, '--mode=plan')
+    for name in ('seeds', 'policies'):
+        if values[name].present and not values.sweep:
+            refuse(name, '--sweep')
+    if values.sweep and values.mode != 'train':
+        refuse('sweep', '--mode=train')
+    if not all(seed.isdecimal() for seed in values.seeds):
+        refuse('seeds', 'whole numbers, separated by commas')
+    if values.mode != 'plan' and not values.workdir:
+        raise ConfigError('--workdir: missing; give the directory of the run')
+    if values.config is None and values.mode != 'eval':
+        raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
+
+
+def train_run(config, directory: str, allow_schedule_change: bool) -> int:
+    """Trains, tells how it ended, and returns the exit status."""
     try:
         with sigterm() as stop:
-            train.train(config, directory, stop, values.allow_schedule_change)
+            train.train(config, directory, stop, allow_schedule_change)
     except train.Preempted as reason:
         terminal.complain(f'{reason}; the same command continues')
         return 143
@@ -103,8 +154,10 @@ def run(values: flags.FlagValues) -> int:
         return 3
     except train.SaveFailed as reason:
         raise ConfigError(f'workdir: {reason}; make room, and the same command continues') from reason
-    if distributed.is_first():
-        terminal.print_stages(read_records(directory))
+    if distributed.is_first() and not progress.quiet:
+        records = read_records(directory)
+        end = next(r for r in reversed(records) if r['kind'] == 'summary')
+        terminal.print_stages(comparison.stage_rows(records), end)
     return 0
 
 
@@ -148,6 +201,7 @@ def sigterm() -> Iterator[threading.Event]:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command with a command line, its name first; returns the exit status."""
     interrupted = '; the same command continues from the last checkpoint'
     return command_line.run(argv, __doc__, define_flags, run, interrupted)
 

@@ -71,16 +71,29 @@ class MetricsWriter:
     Args:
       workdir: the work directory, which exists. Nobody else may write to it.
       report: takes a line about a failure.
+      hparams: the config of the run, flat, for TensorBoard's table of runs.
     """
 
-    def __init__(self, workdir: str | os.PathLike, report: Callable[[str], Any] = warnings.warn):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        report: Callable[[str], Any] = warnings.warn,
+        hparams: dict[str, Any] | None = None,
+    ):
         self.workdir = workdir
         self._report = report
         path = pathlib.Path(workdir, METRICS_FILE)
         _drop_broken_tail(path)
         self._file = open(path, 'ab', buffering=0)  # noqa: SIM115  closed by close()
         self._unwritten = b''
-        self._tensorboard = _EventFile(workdir)
+        # Over updates; and over examples seen, where runs with different batch sizes compare.
+        plain = {
+            k: v if isinstance(v, int | float | str) else str(v) for k, v in (hparams or {}).items()
+        }
+        self._event_files = [
+            _EventFile(workdir, 'step', plain),
+            _EventFile(os.path.join(workdir, 'by_examples'), 'examples_seen', {}),
+        ]
 
     def write(self, kind: str, **fields: Any) -> None:
         """Writes one record; it is in the file, whole, before the next one begins.
@@ -105,7 +118,8 @@ class MetricsWriter:
                     'in memory until that is possible again'
                 )
         with contextlib.suppress(OSError):  # the same disk, of which the line above tells
-            self._tensorboard.write(kind, fields)
+            for events in self._event_files:
+                events.write(kind, fields)
 
     def flush(self) -> None:
         """Writes what could not be written before; raises ``OSError`` where it still cannot."""
@@ -127,7 +141,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes both; what could not be written is reported."""
         with contextlib.suppress(OSError):
-            self._tensorboard.close()
+            for events in self._event_files:
+                events.close()
         with self._file:
             try:
                 self.flush()
@@ -151,26 +166,36 @@ class _EventFile:
 
     tensorboardX's own ``SummaryWriter`` writes from a thread, which ends with the first failure of the
     disk, and then every ``add_scalar`` waits for it in vain.
+
+    Args:
+      directory: made where it does not exist.
+      position: the field that the numbers are over.
+      hparams: what the table of runs shows of this one.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self._directory = directory
+    def __init__(self, directory: str | os.PathLike, position: str, hparams: dict[str, Any]):
+        self._directory, self._position, self._hparams = directory, position, hparams
         self._writer = None
 
     def write(self, kind: str, fields: dict[str, Any]) -> None:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
+        def add(**what):
+            step = fields[self._position]
+            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+
         if self._writer is None:
+            os.makedirs(self._directory, exist_ok=True)
             self._writer = event_file_writer.EventsWriter(os.path.join(self._directory, 'events'))
-        now, step = time.time(), fields['step']
+            if self._hparams:
+                for part in summary.hparams(self._hparams, {'eval/accuracy': 0, 'eval/loss': 0}):
+                    add(summary=part)
         for key, value in fields.items():
             if key not in ('step', 'time') and isinstance(value, int | float):
-                scalar = summary.scalar(f'{kind}/{key}', value)
-                self._writer.write_event(event_pb2.Event(wall_time=now, step=step, summary=scalar))
+                add(summary=summary.scalar(f'{kind}/{key}', value))
         if kind == 'session':  # TensorBoard then forgets what an earlier process wrote after this step
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.write_event(event_pb2.Event(wall_time=now, step=step, session_log=start))
+            add(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._writer.flush()
 
     def close(self) -> None:
@@ -184,16 +209,23 @@ def _drop_broken_tail(path: pathlib.Path) -> None:
         os.truncate(path, content.rfind(b'\n') + 1)
 
 
-def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def read_records(
+    workdir: str | os.PathLike, report: Callable[[str], Any] = lambda line: None
+) -> list[dict[str, Any]]:
     """The records of a run, in order of their steps, each step's last one of a kind.
 
     A ``session`` that continues at a step takes back what was written of later steps before it, and an
     earlier end. Lines that are not whole are left out.
+
+    Args:
+      workdir: the work directory.
+      report: takes a line about each line that is left out.
     """
     latest: dict[tuple[Any, int], dict[str, Any]] = {}
-    for record in _lines(pathlib.Path(workdir, METRICS_FILE)):
+    for number, record in enumerate(_lines(pathlib.Path(workdir, METRICS_FILE)), 1):
         kind, step = record.get('kind'), record.get('step')
-        if not isinstance(step, int):
+        if not isinstance(kind, str) or not isinstance(step, int):
+            report(f'{METRICS_FILE}, line {number}: not a record')
             continue
         if kind == 'session':
             latest = {k: r for k, r in latest.items() if k[1] <= step and k[0] != 'summary'}
@@ -203,6 +235,7 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Each line's object; an empty one for a line that holds none."""
     if not path.exists():
         return
     with open(path, encoding='utf-8', errors='replace') as file:
@@ -210,6 +243,5 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                yield record
+                record = {}
+            yield record if isinstance(record, dict) else {}

@@ -17,10 +17,10 @@ from adabatch_jax import (
     metrics,
     policies,
     probing,
+    progress,
     records,
     schedules,
     steps,
-    terminal,
     train_state,
     workdir,
 )
@@ -61,7 +61,7 @@ class Run:
         self.in_flight: InFlight | None = None
         self.upcoming: schedules.Update | None = None
         self.decision: policies.Decision | None = None  # of the upcoming update
-        self.display = terminal.ProgressDisplay(self.clock, self.examples_seen)
+        self.display = progress.ProgressDisplay(experiment.plan, self.examples_seen)
         now = schedule_of(experiment.config)
         self.schedule_changes, host.schedule = changes(host.schedule, now), now
         if any(change.startswith('batch.') for change in self.schedule_changes):  # another ladder
@@ -75,6 +75,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
+        """Progress in epochs."""
         return self.clock.epoch(self.examples_seen)
 
     def is_due(self, every_epochs: float) -> bool:
@@ -335,7 +336,7 @@ class Run:
         fields = {'batch_size': self.host.batch_size, 'learning_rate': seen['learning_rate']}
         fields |= metrics.window_metrics(sums)
         self.record('train', seen['step'], seen['examples_seen'], stage=self.host.stage, **fields)
-        self.display.update(seen['examples_seen'], **fields)
+        self.display.update(seen['examples_seen'], self.host.paused_seconds, **fields)
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""

@@ -40,14 +40,17 @@ class Stream:
 
     @property
     def compile_seconds(self) -> float:
+        """Seconds of compiling its steps."""
         return sum(step.compile_seconds for step in self.steps.values())
 
     @property
     def cache_hit(self) -> bool:
+        """Whether nothing had to be compiled."""
         return all(step.cache_hit for step in self.steps.values())
 
     @property
     def memory_bytes(self) -> int:
+        """Memory of one device while a step runs."""
         return max(step.memory_bytes for step in self.steps.values())
 
 

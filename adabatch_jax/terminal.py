@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import rich.box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from adabatch_jax.scaling import WORTH, Model
-from adabatch_jax.schedules import Clock, Plan, Stage
+from adabatch_jax.schedules import Plan, Stage
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -83,73 +82,28 @@ def complain(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-class ProgressDisplay:
-    """A progress bar over the epochs, or plain lines where the output is no terminal."""
+def print_stages(stages: list[dict[str, Any]], end: dict[str, Any]) -> None:
+    """Prints what each stage of a finished run took, and its end.
 
-    def __init__(self, clock: Clock, examples_seen: int):
-        self._clock = clock
-        self._bar = Progress(
-            TextColumn('epoch {task.fields[epoch]:.2f}/{task.total:g}'),
-            BarColumn(bar_width=20),
-            TextColumn('batch {task.fields[batch_size]}'),
-            TextColumn('lr {task.fields[learning_rate]:.4g}'),
-            TextColumn('loss {task.fields[loss]:.4f}'),
-            TextColumn('{task.fields[examples_per_second]:,.0f} images/s'),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal or jax.process_index() > 0,
-        )
-        epoch = clock.epoch(examples_seen)
-        self._task = self._bar.add_task(
-            'train',
-            total=clock.num_epochs,
-            completed=epoch,
-            epoch=epoch,
-            batch_size='-',
-            learning_rate=0.0,
-            loss=float('nan'),
-            examples_per_second=0.0,
-        )
-
-    def __enter__(self):
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_):
-        self._bar.stop()
-
-    def update(self, examples_seen: int, **fields: Any) -> None:
-        """Shows the fields ``batch_size``, ``learning_rate``, ``loss``, ``examples_per_second``."""
-        epoch = self._clock.epoch(examples_seen)
-        self._bar.update(self._task, completed=epoch, epoch=epoch, **fields)
-
-    def say(self, message: str) -> None:
-        """Prints a line above the bar."""
-        say(message)
-
-
-def print_stages(records: list[dict[str, Any]]) -> None:
-    """Prints what each stage of a finished run took, and its end, from the run's records."""
-    entered = {r['stage']: r for r in reversed(records) if r['kind'] == 'stage'}
-    stages = [entered[stage] for stage in sorted(entered)]  # without the entries of continuations
-    end = next(r for r in reversed(records) if r['kind'] == 'summary')
+    Args:
+      stages: see ``comparison.stage_rows``.
+      end: the ``summary`` record.
+    """
     table = _table(
         'Stages', 'stage', 'epochs', 'batch', 'updates', 'rate', 'images/s', 'loss', 'compile', 'stall',
     )  # fmt: skip
-    for stage, following in zip(stages, [*stages[1:], end], strict=True):
-        train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
-        last = train[-1] if train else {}
-        speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]
+    for s in stages:
+        speed, loss = s['images_per_second'], s['loss']
         table.add_row(
-            str(stage['stage']),
-            f'{stage["epoch"]:.3g} - {following["epoch"]:.3g}',
-            f'{stage["batch_size"]:,}',
-            f'{following["step"] - stage["step"]:,}',
-            f'{stage["learning_rate"]:.4g}',
-            f'{sorted(speeds)[len(speeds) // 2]:,.0f}' if speeds else '-',
-            f'{last["loss"]:.3f}' if last.get('loss') is not None else '-',
-            f'{stage["compile_seconds"]:.1f} s' + (' cached' if stage['cache_hit'] else ''),
-            f'{stage["stall_seconds"]:.2f} s',
+            str(s['stage']),
+            f'{s["epoch"]:.3g} - {s["end_epoch"]:.3g}',
+            f'{s["batch_size"]:,}',
+            f'{s["updates"]:,}',
+            f'{s["learning_rate"]:.4g}',
+            '-' if speed is None else f'{speed:,.0f}',
+            '-' if loss is None else f'{loss:.3f}',
+            f'{s["compile_seconds"]:.1f} s' + (' cached' if s['cache_hit'] else ''),
+            f'{s["stall_seconds"]:.2f} s',
         )
     _print(table)
     _print(

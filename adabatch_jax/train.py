@@ -25,7 +25,7 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import SCHEDULE, resolve, schedule_of, user_errors
+from adabatch_jax.config import SCHEDULE, flatten, resolve, schedule_of, user_errors
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import HostState
@@ -206,7 +206,7 @@ def open_run(
             workdir.create(config, experiment.plan, directory)
             with user_errors('workdir'):
                 checkpoint.set_aside_after(folder, int(state.step))
-                writer = metrics.MetricsWriter(directory, terminal.say)
+                writer = metrics.MetricsWriter(directory, terminal.say, flatten(config))
                 stack.enter_context(contextlib.closing(writer))
                 saver = checkpoint.Checkpointer(folder, terminal.say)
                 stack.enter_context(contextlib.closing(saver))

@@ -1,9 +1,14 @@
 """Which module may import which: small parts that work alone, effects at the edges."""
 
 import ast
+import importlib
+import inspect
 import pathlib
+import pkgutil
 
 import pytest
+
+import adabatch_jax
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'adabatch_jax'
 
@@ -18,6 +23,10 @@ ALLOWED = {
     'distributed': set(),
     'config': set(),
     'figures': set(),
+    'sweep': {'config', 'experiment', 'report'},
+    'progress': {'scaling', 'schedules', 'terminal'},
+    'comparison': {'metrics'},
+    'report': {'command_line', 'comparison', 'config', 'figures'},
     'policies': {'scaling', 'schedules'},
     'scaling': {'schedules'},
     'timing': {
@@ -44,8 +53,8 @@ ALLOWED = {
         'memory', 'metrics', 'steps', 'train_state',
     },
     'main': {
-        'command_line', 'config', 'distributed', 'evaluate', 'experiment', 'huge_pages', 'metrics',
-        'scaling', 'terminal', 'train', 'workdir',
+        'command_line', 'comparison', 'config', 'distributed', 'evaluate', 'experiment', 'huge_pages',
+        'metrics', 'progress', 'scaling', 'sweep', 'terminal', 'train', 'workdir',
     },
     'command_line': {'config', 'distributed'},
     'huge_pages': set(),
@@ -55,6 +64,7 @@ EVERYTHING_BUT = {
     'run': {'main', 'report', 'benchmark', 'train'},
     'benchmark': {'main', 'report'},
 }
+MODULES = [module.name for module in pkgutil.walk_packages(adabatch_jax.__path__, 'adabatch_jax.')]
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 
@@ -95,3 +105,19 @@ def test_importing_the_package_does_not_import_tensorflow(command_line):
     code = 'import sys\n' + ''.join(f'import adabatch_jax.{name}\n' for name in modules)
     result = command_line('-c', f'{code}\nassert "tensorflow" not in sys.modules', module=None)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_every_public_name_is_documented(name):
+    """In its own words, or in those of what it overrides."""
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for public, value in vars(module).items():
+        if public.startswith('_') or getattr(value, '__module__', None) != name:
+            continue
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert inspect.getdoc(value), f'{name}.{public}'
+        for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+            is_code = inspect.isfunction(member) or isinstance(member, property)
+            if is_code and not attribute.startswith('_'):
+                assert inspect.getdoc(getattr(value, attribute)), f'{name}.{public}.{attribute}'

@@ -169,20 +169,18 @@ def test_a_process_reads_its_share_of_each_batch_and_nothing_else(monkeypatch, n
 FLAGS = ('--config=tests/small_run.py', '--config.checkpoint_every_epochs=0.5')
 
 
-def commands(workdir, *faults, devices=2, flags=()):
-    """Two processes of the command, which get the signals at the points that ``faults`` say."""
-    port = free_port()
+def two(*beginnings):
+    """Two processes with two devices each, with what their command lines begin with."""
+    together = (f'--coordinator_address=localhost:{free_port()}', '--num_processes=2')
     return [
-        start(
-            (
-                *(ROOT / 'tests/fault_child.py', *fault),
-                *(*FLAGS, *flags, f'--workdir={workdir}', f'--coordinator_address=localhost:{port}'),
-                *('--num_processes=2', f'--process_id={k}'),
-            ),
-            devices,
-        )
-        for k, fault in enumerate(faults)
+        start((*beginning, *together, f'--process_id={k}'), 2) for k, beginning in enumerate(beginnings)
     ]
+
+
+def commands(workdir, *faults, flags=()):
+    """Two processes of the command, which get the signals at the points that ``faults`` say."""
+    child, arguments = ROOT / 'tests/fault_child.py', (*FLAGS, *flags, f'--workdir={workdir}')
+    return two(*((child, *fault, *arguments) for fault in faults))
 
 
 NONE = ('SIGTERM', 'an update was seen', 10**6)
@@ -242,6 +240,24 @@ def test_killed_and_preempted_processes_end_together_and_a_restart_ends_in_the_s
     assert np.abs(flat[0] - flat[1]).max() < BOUND * np.abs(flat[0]).max()
 
 
+def test_processes_evaluate_a_checkpoint_as_one_does(whole):
+    evaluate = ('-m', 'adabatch_jax.main', '--mode=eval', f'--workdir={whole}')
+    (output, status), (silent, other) = finish(two(evaluate, evaluate))
+    assert (status, other) == (0, 0), output + silent
+    ((alone, _),) = finish([start(evaluate, 1)])
+    assert alone.splitlines()[-1] in output and 'accuracy' not in silent
+
+
+def test_processes_time_steps_and_their_network_together(tmp_path):
+    files = tmp_path / '0.json', tmp_path / '1.json'
+    arguments = ('--config=tests/small_run.py', '--batch_sizes=16', '--repeats=1', '--scaling')
+    ends = finish(two(*(('-m', 'adabatch_jax.benchmark', *arguments, f'--json={f}') for f in files)))
+    assert [status for _, status in ends] == [0, 0], ends
+    result = json.loads(files[0].read_text())
+    assert result['num_devices'] == 4 and result['scaling']['latency'] >= 0
+    assert not files[1].exists()
+
+
 def test_when_the_first_process_is_killed_the_others_end(tmp_path):
     ends = finish(commands(tmp_path, ('SIGKILL', 'an update was seen', 5), NONE), timeout=120)
     assert ends[0][1] == -signal.SIGKILL and ends[1][1] not in (0, 143)
@@ -263,16 +279,9 @@ def test_a_mistake_that_one_process_sees_ends_all_with_its_message(tmp_path):
     images = np.zeros((64, 8, 8, 1), np.uint8)
     for split in ('train', 'test'):
         np.savez(data / f'{split}.npz', images=images, labels=np.arange(64) % 10)
-    port, started = free_port(), []
-    for k, folder in enumerate((data, tmp_path / 'nowhere')):
-        flags = ('--config.dataset.name=npz', f'--config.dataset.data_dir={folder}')
-        processes_ = (
-            f'--coordinator_address=localhost:{port}',
-            '--num_processes=2',
-            f'--process_id={k}',
-        )
-        command = ('-m', 'adabatch_jax.main', *FLAGS, *flags, f'--workdir={tmp_path / "run"}')
-        started.append(start((*command, *processes_), 2))
+    flags = (*FLAGS, '--config.dataset.name=npz', f'--workdir={tmp_path / "run"}')
+    folders = (f'--config.dataset.data_dir={folder}' for folder in (data, tmp_path / 'nowhere'))
+    started = two(*(('-m', 'adabatch_jax.main', *flags, folder) for folder in folders))
     ends = finish(started, timeout=120)
     assert [status for _, status in ends] == [2, 2], ends
     assert 'process 1 failed: error: config.dataset' in ends[0][0] and 'nowhere' in ends[0][0]

@@ -44,18 +44,51 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):
-    from tensorboardX import event_file_writer  # noqa: F401  writes without TensorFlow
+    """Over updates, and over examples seen: read back with what wrote them, without TensorFlow."""
+    writer = metrics.MetricsWriter(tmp_path, hparams={'batch.policy': 'fixed', 'batch.stages': ()})
+    for step in (3, 6):
+        fields = {'loss': 1 / step, 'batch_size': 16, 'learning_rate': 0.5}
+        writer.write('train', step=step, examples_seen=16 * step, epoch=0.1 * step, time=1.0, **fields)
+    writer.close()
+    for folder, scale in ((tmp_path, 1), (tmp_path / 'by_examples', 16)):
+        (file,) = folder.glob('events.out.tfevents.*')
+        events = read_events(file)
+        for tag, expected in (
+            ('loss', [1 / 3, 1 / 6]),
+            ('batch_size', [16, 16]),
+            ('learning_rate', [0.5, 0.5]),
+        ):
+            found = [
+                (event.step, value.simple_value)
+                for event in events
+                for value in event.summary.value
+                if value.tag == f'train/{tag}'
+            ]
+            assert found == [
+                (3 * scale, pytest.approx(expected[0])),
+                (6 * scale, pytest.approx(expected[1])),
+            ]
+        described = b'batch.policy' in file.read_bytes()
+        assert described == (folder == tmp_path)
 
-    write(tmp_path, ('train', 3, 0.5))
-    (events,) = tmp_path.glob('events.out.tfevents.*')
-    assert b'train/loss' in events.read_bytes()
+
+def read_events(path):
+    """The events of a file of records: length, checksum, data, checksum."""
+    from tensorboardX.proto import event_pb2
+
+    data, events, at = path.read_bytes(), [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], 'little')
+        events.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
+        at += 16 + size
+    return events
 
 
 def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path, monkeypatch):
     reported = []
     writer = metrics.MetricsWriter(tmp_path, reported.append)
-    writer.write('train', step=1, loss=0.5)
-    file, tensorboard = writer._file, writer._tensorboard._writer
+    writer.write('train', step=1, examples_seen=1, loss=0.5)
+    file, tensorboard = writer._file, writer._event_files[0]._writer
 
     class Full:
         fileno, truncate = file.fileno, file.truncate
@@ -70,15 +103,15 @@ def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path,
 
     writer._file = Full()
     monkeypatch.setattr(tensorboard, 'write_event', refuse)
-    writer.write('train', step=2, loss=0.25)
-    writer.write('train', step=3, loss=0.125)
+    writer.write('train', step=2, examples_seen=2, loss=0.25)
+    writer.write('train', step=3, examples_seen=3, loss=0.125)
     assert [r['step'] for r in metrics.read_records(tmp_path)] == [1]
     assert (tmp_path / 'metrics.jsonl').read_bytes().endswith(b'}\n')
     assert len(reported) == 1 and 'No space left on device' in reported[0]
     with pytest.raises(OSError):
         writer.flush()
     writer._file = file
-    writer.write('train', step=4, loss=0.1)
+    writer.write('train', step=4, examples_seen=4, loss=0.1)
     writer.close()
     assert [r['step'] for r in metrics.read_records(tmp_path)] == [1, 2, 3, 4]
 

@@ -9,13 +9,24 @@ import sys
 import pytest
 from test_distributed import free_port
 
-from adabatch_jax import benchmark, command_line, main, metrics, train
+from adabatch_jax import (
+    benchmark,
+    command_line,
+    input_pipeline,
+    main,
+    metrics,
+    models,
+    policies,
+    report,
+    train,
+)
 from adabatch_jax.config import default_config, resolve
 from adabatch_jax.experiment import describe
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w*)\n(.*?)```', README, flags=re.DOTALL)
+OWN = [block for language, block in BLOCKS if block.startswith('# my_')]
 LINES = [
     shlex.split(line)
     for language, block in BLOCKS
@@ -37,6 +48,39 @@ def test_commands_parse_and_their_runs_have_plans(command, monkeypatch):
     values = main.parse(command[2:])
     if values.config is not None and values.config.batch.policy != 'replay':  # of a run that is not here
         assert train.plan(values.config).num_updates > 0
+
+
+def test_training_commands_run_one_after_the_other_but_shorter(tmp_path, monkeypatch):
+    """As written, from one folder, with a smaller model, fewer epochs and made-up data for CIFAR's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    shorter = ['--config.num_epochs=0.25', '--config.model.name=cnn', '--config.log_every_steps=5']
+    made_up = ['--config.dataset.name=synthetic', '--config.dataset.num_examples=2048']
+    elsewhere = ('--sweep', '--benchmark', '--num_processes')  # which have tests of their own
+    ran = 0
+    for command in COMMANDS:
+        if any(argument.startswith(elsewhere) for argument in command):
+            continue
+        needs_data = '--config.dataset.data_dir=DIR' in command or 'cifar' in ' '.join(command)
+        arguments = [a for a in command[2:] if not a.startswith('--config.dataset.data_dir')]
+        if '--mode=eval' not in command:
+            arguments += shorter + (made_up if needs_data else [])
+        assert main.main(arguments) == 0, command
+        ran += 1
+    assert ran > 8
+    assert {'quickstart', 'control', 'replay'} <= {path.name for path in (tmp_path / 'runs').iterdir()}
+
+
+def test_report_commands_parse():
+    reports = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.report']]
+    assert reports
+    for line in reports:
+        assert command_line.parse(line[2:], report.define_flags, 'runs').runs
+
+
+def test_files_that_are_named_are_there():
+    named = re.findall(r'\]\(([^):]+)\)', README)
+    assert named and all((ROOT / name).exists() for name in named)
 
 
 @pytest.mark.parametrize('command', BENCHMARKS, ids=' '.join)
@@ -77,6 +121,29 @@ def test_printed_plan_is_the_one_that_is_printed(monkeypatch, capsys):
         assert row in printed
 
 
+@pytest.mark.parametrize('block', OWN, ids=lambda block: block.split()[1])
+def test_files_that_add_something_run_as_written(block, tmp_path, registries):
+    assert len(block.splitlines()) <= 30
+    file, workdir = tmp_path / block.split()[1], tmp_path / 'run'
+    file.write_text(block)
+    assert main.main(['main', f'--config={file}', f'--workdir={workdir}', '--quiet']) == 0
+    records = metrics.read_records(workdir)
+    assert records[-1]['final_accuracy'] > 0.5
+    sizes = [record['batch_size'] for record in records if record['kind'] == 'stage']
+    assert sizes == ([16, 32, 64, 128] * 2 if 'my_policy' in block else [128])
+
+
+@pytest.fixture
+def registries():
+    """What the files add is gone after the test."""
+    changed = models.MODELS, policies.POLICIES, input_pipeline.SOURCES
+    before = [dict(registry) for registry in changed]
+    yield
+    for registry, content in zip(changed, before, strict=True):
+        registry.clear()
+        registry.update(content)
+
+
 def test_library_example_runs(monkeypatch, tmp_path, capsys):
     config = default_config()
     config.num_epochs = 1.0
@@ -87,7 +154,7 @@ def test_library_example_runs(monkeypatch, tmp_path, capsys):
     train.train(config, tmp_path / 'runs' / 'quickstart')
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    (example,) = (block for language, block in BLOCKS if language == 'python')
+    (example,) = (b for language, b in BLOCKS if language == 'python' and b not in OWN)
     names = {}
     exec(compile(example, 'README.md', 'exec'), names)
     shown = capsys.readouterr().out

@@ -11,6 +11,7 @@ import jax
 
 from adabatch_jax.input_pipeline import order
 from adabatch_jax.input_pipeline.datasets import (
+    SOURCES,
     DataError,
     DatasetInfo,
     dataset_info,
@@ -18,11 +19,14 @@ from adabatch_jax.input_pipeline.datasets import (
     open_split,
 )
 from adabatch_jax.input_pipeline.device import DevicePipeline, Load
+from adabatch_jax.input_pipeline.sources import Source
 
 __all__ = [
+    'SOURCES',
     'DataError',
     'DatasetInfo',
     'Load',
+    'Source',
     'create',
     'dataset_info',
     'load_on_device',

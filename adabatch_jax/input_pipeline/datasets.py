@@ -224,7 +224,8 @@ def _tfds_source(dataset, seed: int) -> Source:
 
 # ---------------------------------------------------------------------------------- interface
 
-_SOURCES = {
+# By name: from the ``dataset`` part of a config and the seed, a ``Source``.
+SOURCES = {
     'digits': _digits_source,
     'synthetic': _synthetic_source,
     'npz': _npz_source,
@@ -236,12 +237,12 @@ _SOURCES = {
 
 
 def _source(dataset, seed: int) -> Source:
-    create = _SOURCES.get(dataset.name)
+    create = SOURCES.get(dataset.name)
     if create is None and encoded.tfds_folder(tfds_dir(dataset), dataset.name) is not None:
         create = records_source
     if create is None:
         raise ValueError(
-            f'name: got {dataset.name!r}; accepted: {", ".join(_SOURCES)}, and TFDS folders in '
+            f'name: got {dataset.name!r}; accepted: {", ".join(SOURCES)}, and TFDS folders in '
             'dataset.data_dir'
         )
     source = create(dataset, seed)

@@ -27,11 +27,13 @@ class Source:
 
 
 def tfds_dir(dataset) -> pathlib.Path:
+    """Where TFDS data are: ``dataset.data_dir``, or the default folder of TFDS."""
     default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
     return pathlib.Path(os.path.expanduser(dataset.data_dir or default))
 
 
 def split_name(split: str) -> str:
+    """A split without its slice: ``'train'`` of ``'train[:20%]'``."""
     return split.partition('[')[0]
 
 

@@ -54,6 +54,7 @@ class Clock:
 
     @property
     def total_examples(self) -> int:
+        """The clock at the end of the run, in examples."""
         return self.examples(self.num_epochs)
 
     def examples(self, epochs: float) -> int:

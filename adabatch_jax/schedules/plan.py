@@ -64,6 +64,7 @@ class Plan:
 
     @property
     def num_updates(self) -> int:
+        """Updates of the whole run."""
         return sum(stage.num_updates for stage in self.stages)
 
     def split(self, batch_size: int) -> tuple[int, int]:

@@ -1,0 +1,274 @@
+"""Runs read back from their work directories, grouped by what they have in common, and their tables."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from adabatch_jax import metrics
+
+Record = dict[str, Any]
+CONFIG_FILE = 'config.json'
+# Runs that differ in these are seeds of one experiment.
+SEED = 'seed'
+# What a record has to have for the rest to be of use.
+_ALL = ('epoch', 'examples_seen', 'time')
+_NEEDED = {
+    'train': ('stage', 'batch_size', 'learning_rate', 'loss', 'examples_per_second'),
+    'eval': ('loss', 'accuracy'),
+    'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
+    'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy'),
+}
+# How a run was carried out, not what it is.
+IGNORED = (
+    'compile.',
+    'dataset.data_dir',
+    'dataset.pipeline',
+    'checkpoint_every_epochs',
+    'log_every_steps',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a work directory holds of a run, finished or not.
+
+    Attributes:
+      directory: the work directory.
+      config: flat, ``{'batch.base_size': 128, ...}``; empty where it cannot be read.
+      records: of ``metrics.jsonl``, see ``metrics.read_records``.
+      skipped: what could not be read, a line each.
+    """
+
+    directory: pathlib.Path
+    config: dict[str, Any]
+    records: list[Record]
+    skipped: tuple[str, ...]
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """The records of a kind, in order."""
+        return [record for record in self.records if record['kind'] == kind]
+
+    @property
+    def summary(self) -> Record | None:
+        """The ``summary`` record; None of a run that is not finished."""
+        found = self.of_kind('summary')
+        return found[-1] if found else None
+
+    @property
+    def epoch(self) -> float:
+        """How far it has come."""
+        return max((record.get('epoch') or 0.0 for record in self.records), default=0.0)
+
+    def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """Two fields of the records of a kind, where both are numbers.
+
+        ``error`` is 1 - accuracy, and ``noise_scale`` the quotient of ``gradient_variance`` and
+        ``squared_gradient`` where that is positive.
+        """
+        points = [
+            (record[x], value)
+            for record in self.of_kind(kind)
+            if record.get(x) is not None and (value := _field(record, y)) is not None
+        ]
+        return tuple(
+            np.array(values, float) for values in (zip(*points, strict=True) if points else ((), ()))
+        )
+
+
+def _field(record: Record, name: str) -> float | None:
+    if name == 'error':
+        accuracy = record.get('accuracy')
+        return None if accuracy is None else 1 - accuracy
+    if name == 'noise_scale':
+        variance, squared = record.get('gradient_variance'), record.get('squared_gradient')
+        return variance / squared if variance and squared and squared > 0 else None
+    value = record.get(name)
+    return value if isinstance(value, int | float) else None
+
+
+def read_run(directory: str | os.PathLike) -> Run:
+    """Reads a work directory, as far as that is possible.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    directory = pathlib.Path(directory)
+    skipped: list[str] = []
+    records = []
+    for record in metrics.read_records(directory, skipped.append):
+        missing = [k for k in (*_ALL, *_NEEDED.get(record['kind'], ())) if k not in record]
+        if missing:
+            where = f'{metrics.METRICS_FILE}, {record["kind"]} of step {record["step"]}'
+            skipped.append(f'{where}: without {", ".join(missing)}')
+        else:
+            records.append(record)
+    try:
+        config = _flat(json.loads((directory / CONFIG_FILE).read_text(encoding='utf-8')))
+    except (OSError, ValueError, AttributeError) as error:
+        skipped.append(f'{CONFIG_FILE}: {getattr(error, "strerror", None) or error}')
+        config = {}
+    if not records and not config:
+        raise ValueError(
+            f'no run in {str(directory)!r}: neither {metrics.METRICS_FILE} nor {CONFIG_FILE}'
+        )
+    return Run(directory, config, records, tuple(skipped))
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one config with different seeds.
+
+    Attributes:
+      label: what tells it from the other groups.
+      runs: one or more.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def mean(self, values: Iterable[float | None]) -> 'Spread | None':
+        """Of values of the runs; None where no run has one."""
+        known = [value for value in values if value is not None]
+        return Spread(statistics.fmean(known), min(known), max(known), len(known)) if known else None
+
+    def of_summary(self, name: str) -> 'Spread | None':
+        """A field of the ``summary`` records."""
+        return self.mean(run.summary.get(name) for run in self.runs if run.summary)
+
+    def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, ...]:
+        """``x``, and mean, smallest and largest ``y`` of the runs, as far as all of them have come.
+
+        Between the points of a run it is taken for linear.
+        """
+        curves = [curve for run in self.runs if len((curve := run.curve(kind, x, y))[0])]
+        if not curves:
+            return (np.array([]),) * 4
+        positions = curves[0][0]
+        common = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
+        positions = positions[(positions >= common[0]) & (positions <= common[1])]
+        values = np.stack([np.interp(positions, *curve) for curve in curves])
+        return positions, values.mean(0), values.min(0), values.max(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A mean over runs, the smallest and the largest, and how many they are."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Puts the seeds of a config together, in the order in which the runs are given."""
+    kept = [
+        {k: v for k, v in run.config.items() if k != SEED and not k.startswith(IGNORED)} for run in runs
+    ]
+    groups: dict[str, list[int]] = {}
+    for number, (run, config) in enumerate(zip(runs, kept, strict=True)):
+        own = '' if config else str(run.directory)  # of a run without a config nothing is known
+        groups.setdefault(json.dumps(config, sort_keys=True) + own, []).append(number)
+    configs = [kept[numbers[0]] for numbers in groups.values()]
+    keys = sorted({key for config in configs for key in config})
+    differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs}) > 1]
+    found = []
+    for numbers, config in zip(groups.values(), configs, strict=True):
+        members = tuple(runs[number] for number in numbers)
+        found.append(Group(_label(members[0], config, differing), members))
+    labels = [g.label for g in found]
+    return [
+        dataclasses.replace(g, label=f'{g.label} ({g.runs[0].directory.name})')
+        if labels.count(g.label) > 1
+        else g
+        for g in found
+    ]
+
+
+def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
+    if not config or not differing:
+        return run.directory.name
+    parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in differing]
+    text = ', '.join(part.removeprefix('policy ') for part in parts)
+    return text if len(parts) <= 3 else run.directory.name
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def stage_rows(records: list[Record]) -> list[Record]:
+    """What each stage of a run took, from its records.
+
+    Returns:
+      For each stage its ``stage`` record, without those of continuations, and ``end_epoch``,
+      ``updates``, ``images_per_second`` (median) and ``loss`` (the last); None for what is not known.
+    """
+    entered = {r['stage']: r for r in reversed(records) if r['kind'] == 'stage'}
+    stages = [entered[stage] for stage in sorted(entered)]
+    end = max(records, key=lambda r: r['step']) if records else None
+    rows = []
+    for stage, following in zip(stages, [*stages[1:], end], strict=True):
+        train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
+        speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]
+        rows.append(
+            stage
+            | {
+                'end_epoch': following['epoch'],
+                'updates': following['step'] - stage['step'],
+                'images_per_second': statistics.median(speeds) if speeds else None,
+                'loss': train[-1]['loss'] if train else None,
+            }
+        )
+    return rows
+
+
+def comparison_rows(groups: Sequence[Group]) -> list[Record]:
+    """The comparison of groups with the first of them.
+
+    Returns:
+      For each group ``label``, ``runs``, ``finished``, ``epochs``, ``batch_sizes`` (first and last), and
+      spreads, None where no run is finished: ``updates``, ``accuracy``, ``train_seconds``,
+      ``epoch_seconds`` (training, an epoch) and ``wall_seconds``; ``accuracy_difference`` from the first
+      group's mean, and ``speedup`` and ``wall_speedup`` over it, None where it is not known.
+    """
+    rows = []
+    for g in groups:
+        sizes = [s['batch_size'] for s in stage_rows(g.runs[0].records)]
+        row = {
+            'label': g.label,
+            'runs': len(g.runs),
+            'finished': sum(run.summary is not None for run in g.runs),
+            'epochs': max(run.epoch for run in g.runs),
+            'batch_sizes': (sizes[0], sizes[-1]) if sizes else None,
+            'updates': g.of_summary('updates'),
+            'accuracy': g.of_summary('final_accuracy'),
+            'train_seconds': g.of_summary('train_seconds'),
+            'wall_seconds': g.of_summary('wall_seconds'),
+            'epoch_seconds': g.mean(
+                run.summary['train_seconds'] / run.epoch for run in g.runs if run.summary and run.epoch
+            ),
+        }
+        first = rows[0] if rows else row
+
+        def against(name, combine, row=row, first=first):
+            a, b = row[name], first[name]
+            return combine(a.mean, b.mean) if a and b and b.mean else None
+
+        row['accuracy_difference'] = against('accuracy', lambda a, b: a - b)
+        row['speedup'] = against('train_seconds', lambda a, b: b / a)
+        row['wall_speedup'] = against('wall_seconds', lambda a, b: b / a)
+        rows.append(row)
+    return rows

@@ -1,0 +1,390 @@
+"""Compares runs: one page with figures and tables, from their work directories.
+
+    python -m adabatch_jax.report DIR... [--out=FILE.html] [--format=html|md|png] [--benchmark=FILE.json]
+
+The first directory's config is what the others are compared with. Directories whose configs differ in
+the seed only are averaged. A run may still be in progress; what cannot be read is left out, and said.
+--format=html writes one page that needs nothing else, md a Markdown file with its figures in a folder
+beside it, png the figures alone. --benchmark adds the table of forward and backward passes that
+``benchmark --json`` wrote.
+"""
+
+import dataclasses
+import html
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from adabatch_jax import command_line, comparison, figures
+from adabatch_jax.comparison import Group, Spread
+from adabatch_jax.config import ConfigError, user_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table with a title, and a sentence below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a report says.
+
+    Attributes:
+      tables: in order; figures come after the first.
+      drawn: figures by the names of their files.
+      notes: what could not be read, and which runs are not finished.
+    """
+
+    tables: list[Table]
+    drawn: dict[str, Any]
+    notes: list[str]
+
+
+# -------------------------------------------------------------------------------- what it says
+
+
+def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
+    """Reads the runs and works out what there is to say.
+
+    Raises:
+      ConfigError: a directory without a run, or a file without a benchmark.
+    """
+    with user_errors('report'):
+        runs = [comparison.read_run(directory) for directory in directories]
+    groups = comparison.group(runs)
+    tables = [comparison_table(groups)]
+    if benchmark:
+        with user_errors('--benchmark'):
+            tables.append(passes_table(json.loads(pathlib.Path(benchmark).read_text())))
+    tables += [stage_table(group) for group in groups]
+    return Page(tables, all_figures(groups), notes(groups))
+
+
+def number(spread: Spread | None, form: str, scale: float = 1.0) -> str:
+    """A mean, and its range where there are several values."""
+    if spread is None:
+        return '-'
+    text = format(scale * spread.mean, form)
+    if spread.count == 1 or spread.low == spread.high:
+        return text
+    return f'{text} ({format(scale * spread.low, form)} to {format(scale * spread.high, form)})'
+
+
+def comparison_table(groups: Sequence[Group]) -> Table:
+    """The paper's comparison: time and accuracy against the first group."""
+    rows = []
+    for row in comparison.comparison_rows(groups):
+        sizes, difference = row['batch_sizes'], row['accuracy_difference']
+        rows.append(
+            (
+                row['label'],
+                f'{row["finished"]} of {row["runs"]}',
+                '-' if sizes is None else ' to '.join(f'{s:,}' for s in dict.fromkeys(sizes)),
+                f'{row["epochs"]:.4g}',
+                number(row['updates'], ',.0f'),
+                number(row['accuracy'], '.2f', 100),
+                '-' if difference is None else f'{100 * difference:+.2f}',
+                number(row['epoch_seconds'], ',.3g'),
+                number(row['train_seconds'], ',.1f'),
+                '-' if row['speedup'] is None else f'{row["speedup"]:.2f}',
+                '-' if row['wall_speedup'] is None else f'{row["wall_speedup"]:.2f}',
+            )
+        )
+    columns = (
+        'run', 'finished', 'batch size', 'epochs', 'updates', 'test accuracy, %', 'against the first, %',
+        'training, s an epoch', 'training, s', 'speed-up', 'speed-up, wall',
+    )  # fmt: skip
+    note = (
+        'Means over seeds, with the smallest and the largest. Training: forward, backward and update, '
+        'without evaluation, checkpoints and waiting for compilation; speed-ups are over the first run.'
+    )
+    return Table('Comparison', columns, rows, note)
+
+
+def passes_table(result: dict[str, Any]) -> Table:
+    """What a benchmark says of forward and backward passes, relative to its first batch size.
+
+    Raises:
+      ValueError: it says nothing.
+    """
+    try:
+        rows = [
+            (f'{r["batch_size"]:,}', *(f'{r[key]:.2f}' for key in ('forward', 'backward', 'both')))
+            for r in result['relative_epochs']
+        ]
+        on = f'Measured on {result["num_devices"]} x {result["device"]}'
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'no figures of adabatch_jax.benchmark: {error} is missing') from error
+    note = f'{on}, jax {result.get("versions", {}).get("jax", "?")}, apart from these runs.'
+    columns = ('batch size', 'forward', 'backward', 'both')
+    return Table('Passes of an epoch, times as fast', columns, rows, note)
+
+
+def stage_table(group: Group) -> Table:
+    """The stages of the first run of a group."""
+    run, rows = group.runs[0], []
+    for s in comparison.stage_rows(run.records):
+        split = '-'
+        if 'microbatch_size' in s and 'num_microbatches' in s:
+            split = f'{s["num_microbatches"]} x {s["microbatch_size"]}'
+        speed, loss = s['images_per_second'], s['loss']
+        rows.append(
+            (
+                str(s['stage']),
+                f'{s["epoch"]:.4g} to {s["end_epoch"]:.4g}',
+                f'{s["batch_size"]:,}',
+                split,
+                f'{s["updates"]:,}',
+                f'{s["learning_rate"]:.4g}',
+                '-' if speed is None else f'{speed:,.0f}',
+                '-' if loss is None else f'{loss:.4f}',
+                f'{s["compile_seconds"]:.1f}' + (' (cached)' if s.get('cache_hit') else ''),
+                f'{s["stall_seconds"]:.2f}',
+                s.get('reason', ''),
+            )
+        )
+    columns = (
+        'stage', 'epochs', 'batch size', 'microbatches', 'updates', 'learning rate', 'images/s',
+        'training loss', 'compile, s', 'stall, s', 'reason',
+    )  # fmt: skip
+    several = f', of {len(group.runs)} seeds {run.directory}' if len(group.runs) > 1 else ''
+    return Table(f'Stages: {group.label}{several}', columns, rows)
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What could not be read, and which runs are not finished."""
+    found = []
+    for run in (run for group in groups for run in group.runs):
+        if run.summary is None:
+            found.append(f'{run.directory}: not finished, at epoch {run.epoch:.4g}')
+        shown, more = run.skipped[:5], len(run.skipped) - 5
+        found += [f'{run.directory}: left out: {line}' for line in shown]
+        if more > 0:
+            found.append(f'{run.directory}: left out: {more} more lines')
+    return found
+
+
+def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
+    """Figures by name, of what the runs have."""
+    longest = max((run.records[-1]['time'] for g in groups for run in g.runs if run.records), default=0)
+    units = (('hours', 3600), ('minutes', 60), ('seconds', 1))
+    unit, seconds = next(((unit, s) for unit, s in units if longest > 3 * s), units[-1])
+    axes = {
+        'epoch': ('epoch', 'epochs', 1),
+        'update': ('step', 'updates', 1),
+        'time': ('time', f'wall time, {unit}', seconds),
+    }
+    found = {}
+    for kind, y, name, ylabel, scale in (
+        ('eval', 'error', 'error', 'test error, %', 100),
+        ('eval', 'loss', 'test_loss', 'test loss', 1),
+        ('train', 'loss', 'training_loss', 'training loss', 1),
+    ):
+        for axis, (x, xlabel, unit_) in axes.items():
+            marked = axis == 'epoch' and len(groups) <= 3
+            drawn = [curve(g, kind, x, y, 1 / unit_, scale, marked) for g in groups]
+            found[f'{name}_by_{axis}'] = (drawn, xlabel, ylabel, {})
+    for y, name, ylabel in (
+        ('batch_size', 'batch_size', 'batch size, examples'),
+        ('learning_rate', 'learning_rate', 'learning rate'),
+    ):
+        drawn = [stepped(g, y) for g in groups]
+        found[f'{name}_by_epoch'] = (
+            drawn,
+            'epochs',
+            ylabel,
+            {'log_y': True, 'steps': y == 'batch_size'},
+        )
+    drawn = [curve(g, 'train', 'epoch', 'noise_scale') for g in groups]
+    found['noise_scale_by_epoch'] = (drawn, 'epochs', 'noise scale, examples', {'log_y': True})
+    return {
+        name: figures.lines(drawn, xlabel, ylabel, **options)
+        for name, (drawn, xlabel, ylabel, options) in found.items()
+        if any(line is not None for line in drawn)
+    }
+
+
+def curve(
+    group: Group,
+    kind: str,
+    x: str,
+    y: str,
+    x_scale: float = 1.0,
+    y_scale: float = 1.0,
+    marked: bool = False,
+) -> figures.Line | None:
+    """A line with the range of the seeds; None of a group that has no such records."""
+    positions, mean, low, high = group.curve(kind, x, y)
+    if not len(positions):
+        return None
+    band = (y_scale * low, y_scale * high) if len(group.runs) > 1 else (None, None)
+    transitions = (
+        [s['epoch'] for s in comparison.stage_rows(group.runs[0].records)[1:]] if marked else ()
+    )
+    return figures.Line(group.label, x_scale * positions, y_scale * mean, *band, transitions)
+
+
+def stepped(group: Group, y: str) -> figures.Line | None:
+    """What a stage has, of the first run of a group: the batch size, or the learning rate of updates."""
+    run = group.runs[0]
+    if y == 'learning_rate':
+        points = run.curve('train', 'epoch', y)
+    else:
+        rows = comparison.stage_rows(run.records)
+        points = [s['epoch'] for s in rows], [s[y] for s in rows]
+        if rows:
+            points = [*points[0], rows[-1]['end_epoch']], [*points[1], points[1][-1]]
+    return figures.Line(group.label, *points) if len(points[0]) else None
+
+
+# ---------------------------------------------------------------------------------- how it looks
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  max-width: 1280px; padding: 1rem; }
+h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); }
+figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
+th:first-child, td:first-child { text-align: left; }
+td.text { text-align: left; white-space: normal; min-width: 18rem; }
+p.note, ul.notes { color: #555; font-size: .9rem; max-width: 60rem; }
+"""
+
+
+def as_html(page: Page) -> str:
+    """One page that needs nothing else."""
+    parts = []
+    for number_, table in enumerate(page.tables):
+        parts.append(html_table(table))
+        if number_ == 0:
+            drawn = (
+                f'<figure role="img" aria-label="{html.escape(name.replace("_", " "))}">'
+                f'{figures.svg(figure)}</figure>'
+                for name, figure in page.drawn.items()
+            )
+            parts.append(f'<div class="figures">{"".join(drawn)}</div>')
+    if page.notes:
+        items = ''.join(f'<li>{html.escape(line)}</li>' for line in page.notes)
+        parts.append(f'<h2>Notes</h2><ul class="notes">{items}</ul>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>Runs compared</title><style>{_CSS}</style></head><body><h1>Runs compared</h1>'
+        f'{"".join(parts)}</body></html>\n'
+    )
+
+
+def html_table(table: Table) -> str:
+    """A table as an element of a page."""
+    head = ''.join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
+    text = [column == 'reason' for column in table.columns]
+    body = ''.join(
+        '<tr>'
+        + ''.join(
+            f'<td{" class=text" if is_text else ""}>{html.escape(cell)}</td>'
+            for cell, is_text in zip(row, text, strict=True)
+        )
+        + '</tr>'
+        for row in table.rows
+    )
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
+    return (
+        f'<h2>{html.escape(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div>{note}'
+    )
+
+
+def as_markdown(page: Page, folder: str) -> str:
+    """The same in Markdown, with figures from a folder beside the file."""
+
+    def cell(text: str) -> str:
+        return text.replace('|', '\\|')
+
+    parts = ['# Runs compared']
+    for number_, table in enumerate(page.tables):
+        rows = [table.columns, ['---'] * len(table.columns), *table.rows]
+        lines = ('| ' + ' | '.join(map(cell, row)) + ' |' for row in rows)
+        parts += [f'## {table.title}', '\n'.join(lines), table.note]
+        if number_ == 0:
+            parts += [f'![{name.replace("_", " ")}]({folder}/{name}.png)' for name in page.drawn]
+    if page.notes:
+        parts += ['## Notes', '\n'.join(f'- {line}' for line in page.notes)]
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def write(page: Page, form: str, out: pathlib.Path) -> None:
+    """Writes a report.
+
+    Args:
+      page: what it says.
+      form: ``html``, ``md`` or ``png``.
+      out: a file, or for ``png`` a folder.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if form == 'html':
+        out.write_text(as_html(page), encoding='utf-8')
+        return
+    folder = out if form == 'png' else out.with_suffix('')
+    if form == 'md':
+        out.write_text(as_markdown(page, folder.name), encoding='utf-8')
+    folder.mkdir(exist_ok=True)
+    for name, figure in page.drawn.items():
+        figures.save(figure, folder / f'{name}.png')
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command line's flags, fresh for every call of ``main``."""
+    values = flags.FlagValues()
+    flags.DEFINE_list(
+        'runs', [], 'Work directories; as a rule given without --runs.', flag_values=values
+    )
+    flags.DEFINE_enum('format', 'html', ['html', 'md', 'png'], 'What to write.', flag_values=values)
+    flags.DEFINE_string(
+        'out', None, 'File, or folder of png; report.html, report.md or report.', flag_values=values
+    )
+    flags.DEFINE_string('benchmark', None, 'File of benchmark --json.', flag_values=values)
+    return values
+
+
+def run(values: flags.FlagValues) -> int:
+    """Does what the command line says; returns the exit status."""
+    if not values.runs:
+        raise ConfigError('report: no run given; for example python -m adabatch_jax.report runs/*')
+    written = page(values.runs, values.benchmark)
+    names = {'html': 'report.html', 'md': 'report.md', 'png': 'report'}
+    out = pathlib.Path(values.out or names[values.format])
+    with user_errors('--out'):
+        write(written, values.format, out)
+    for line in written.notes:
+        print(line)
+    print(f'{out}: {len(values.runs)} runs')
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command with a command line, its name first; returns the exit status."""
+    return command_line.run(argv, __doc__, define_flags, run, rest_is='runs')
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,232 @@
+"""Reports: averages, comparisons and stages of runs, finished, in progress or broken."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from adabatch_jax import comparison, report
+
+N = 100  # examples of an epoch
+
+
+def write_run(
+    folder, policy='fixed', seed=0, sizes=(10, 10), accuracy=0.9, seconds=10.0, finished=True, **config
+):
+    """The files of a made-up run of one epoch for each of ``sizes``, linear in everything."""
+    folder.mkdir(parents=True)
+    batch = {'policy': policy, 'base_size': sizes[0], **config}
+    (folder / 'config.json').write_text(json.dumps({'seed': seed, 'batch': batch}))
+    records, step = [], 0
+    common = {'kind': 'session', 'step': 0, 'epoch': 0.0, 'examples_seen': 0, 'time': 0.0}
+    records.append(common | {'reason': 'begins'})
+    for stage, size in enumerate(sizes):
+        if not stage or size != sizes[stage - 1]:
+            described = {
+                'kind': 'stage',
+                'stage': stage,
+                'batch_size': size,
+                'learning_rate': 0.1 * size,
+            }
+            times = {
+                'compile_seconds': 1.5,
+                'stall_seconds': 0.25,
+                'cache_hit': stage > 0,
+                'reason': 'why',
+            }
+            split = {'microbatch_size': size, 'num_microbatches': 1}
+            now = {'step': step, 'epoch': float(stage), 'time': seconds * stage}
+            records.append(common | now | described | times | split)
+        step += N // size
+        now = {'step': step, 'epoch': stage + 1.0, 'examples_seen': N * (stage + 1)}
+        now |= {'time': seconds * (stage + 1)}
+        fields = {'stage': stage, 'batch_size': size, 'learning_rate': 0.1 * size}
+        fields |= {'loss': 2.0 - stage, 'accuracy': 0.5, 'examples_per_second': N / seconds}
+        noise = {'gradient_variance': 30.0, 'squared_gradient': 2.0 if stage else -1.0}
+        records.append(common | now | {'kind': 'train'} | fields | noise)
+        at = accuracy * (stage + 1) / len(sizes)
+        evaluated = {'split': 'test', 'loss': 1.0 - at, 'accuracy': at, 'num_examples': 50}
+        records.append(common | now | {'kind': 'eval'} | evaluated)
+    if finished:
+        end = {'updates': step, 'wall_seconds': 1.5 * seconds * len(sizes), 'final_accuracy': accuracy}
+        end |= {'train_seconds': seconds * len(sizes), 'best_accuracy': accuracy, 'compile_seconds': 3.0}
+        records.append(common | now | {'kind': 'summary'} | end)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of a control, three of an adaptive run."""
+    found = [
+        write_run(tmp_path / f'fixed-{seed}', seed=seed, accuracy=0.9 + 0.02 * seed) for seed in (0, 1)
+    ]
+    return found + [
+        write_run(
+            *(tmp_path / f'adabatch-{seed}', 'adabatch', seed, (10, 50)),
+            accuracy=0.9 + 0.01 * seed,
+            seconds=5.0 + seed,
+        )
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_seeds_of_a_config_are_one_group_named_by_what_differs(runs):
+    groups = comparison.group([comparison.read_run(folder) for folder in runs])
+    assert [(g.label, len(g.runs)) for g in groups] == [('fixed', 2), ('adabatch', 3)]
+
+
+def test_how_a_run_was_carried_out_makes_no_group_of_its_own(tmp_path):
+    folders = [write_run(tmp_path / str(k), seed=k) for k in range(2)]
+    for k, folder in enumerate(folders):
+        config = json.loads((folder / 'config.json').read_text())
+        config['compile'], config['dataset'] = {'cache_dir': str(k)}, {'data_dir': str(k)}
+        (folder / 'config.json').write_text(json.dumps(config))
+    assert len(comparison.group([comparison.read_run(folder) for folder in folders])) == 1
+
+
+def test_curves_are_means_over_seeds_with_their_range(runs):
+    _, adaptive = comparison.group([comparison.read_run(folder) for folder in runs])
+    x, mean, low, high = adaptive.curve('eval', 'epoch', 'error')
+    np.testing.assert_allclose(x, [1, 2])
+    np.testing.assert_allclose(mean, [1 - 0.455, 1 - 0.91])
+    np.testing.assert_allclose(low, [1 - 0.46, 1 - 0.92])
+    np.testing.assert_allclose(high, [1 - 0.45, 1 - 0.90])
+    x, mean, *_ = adaptive.curve('eval', 'time', 'error')  # from 5, 6, 7 to 10, 12, 14 seconds
+    np.testing.assert_allclose(x, [10])
+    expected = [0.9, np.interp(10, [6, 12], [0.455, 0.91]), np.interp(10, [7, 14], [0.46, 0.92])]
+    np.testing.assert_allclose(mean, [1 - np.mean(expected)])
+
+
+def test_the_noise_scale_is_left_out_where_it_was_estimated_as_negative(runs):
+    run = comparison.read_run(runs[-1])
+    np.testing.assert_allclose(run.curve('train', 'epoch', 'noise_scale'), [[2.0], [15.0]])
+
+
+def test_the_comparison_is_with_the_first_group(runs):
+    groups = comparison.group([comparison.read_run(folder) for folder in runs])
+    fixed, adaptive = comparison.comparison_rows(groups)
+    assert fixed['updates'].mean == 20 and adaptive['updates'].mean == 12
+    assert fixed['accuracy_difference'] == 0 and fixed['speedup'] == 1
+    assert adaptive['accuracy'] == comparison.Spread(pytest.approx(0.91), 0.9, 0.92, 3)
+    assert adaptive['accuracy_difference'] == pytest.approx(0.0)
+    assert adaptive['speedup'] == pytest.approx(20 / 12)
+    assert adaptive['epoch_seconds'].mean == pytest.approx(6.0)
+    assert adaptive['batch_sizes'] == (10, 50)
+
+
+def test_stages_are_told_with_compilation_and_stall(runs):
+    rows = comparison.stage_rows(comparison.read_run(runs[-1]).records)
+    assert [(r['batch_size'], r['updates'], r['end_epoch']) for r in rows] == [
+        (10, 10, 1.0),
+        (50, 2, 2.0),
+    ]
+    table = report.stage_table(comparison.Group('a', (comparison.read_run(runs[-1]),)))
+    assert table.rows[1][-3:] == ('1.5 (cached)', '0.25', 'why')
+
+
+class Parser(html.parser.HTMLParser):
+    """Whether every element that is opened is closed, and what the page refers to."""
+
+    void = {'meta', 'link', 'br', 'img', 'path', 'use', 'rect', 'stop'}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ('src', 'href')]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+
+def test_a_page_is_whole_and_needs_nothing_else(runs, tmp_path):
+    out = tmp_path / 'page.html'
+    assert report.main(['report', *map(str, runs), f'--out={out}']) == 0
+    parser = Parser()
+    parser.feed(out.read_text())
+    assert not parser.open and not parser.links
+    assert parser.tags.count('svg') == 12 and parser.tags.count('table') == 3
+    text = re.sub(r'<svg.*?</svg>', '', out.read_text(), flags=re.DOTALL)
+    assert '91.00 (90.00 to 92.00)' in text and '1.67' in text and '+0.00' in text
+
+
+def test_markdown_and_pictures(runs, tmp_path):
+    assert report.main(['report', *map(str, runs), '--format=md', f'--out={tmp_path / "r.md"}']) == 0
+    text = (tmp_path / 'r.md').read_text()
+    pictures = re.findall(r'!\[.*?\]\((.*?)\)', text)
+    assert len(pictures) == 12
+    assert all((tmp_path / name).read_bytes().startswith(b'\x89PNG') for name in pictures)
+    assert '| adabatch | 3 of 3 | 10 to 50 |' in text
+    assert report.main(['report', str(runs[0]), '--format=png', f'--out={tmp_path / "png"}']) == 0
+    assert len(list((tmp_path / 'png').glob('*.png'))) == 12
+
+
+def test_broken_lines_and_runs_in_progress_are_told_and_the_rest_is_shown(runs, tmp_path, capsys):
+    running = write_run(tmp_path / 'running', 'plateau', finished=False)
+    with open(running / 'metrics.jsonl', 'a') as file:
+        file.write('{"kind": "eval", "step": 99, "epoch": 3.0}\nnonsense\n[1]\n{"kind": "train", "st')
+    unknown = write_run(tmp_path / 'unknown')
+    (unknown / 'config.json').write_text('{')
+    out = tmp_path / 'page.html'
+    assert report.main(['report', str(runs[0]), str(running), str(unknown), f'--out={out}']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f'{running}: not finished, at epoch 2' in lines
+    assert sum('metrics.jsonl, line 10: not a record' in line for line in lines) == 1
+    assert any('eval of step 99: without examples_seen, time, loss, accuracy' in line for line in lines)
+    assert any('unknown' in line and 'config.json' in line for line in lines)
+    text = out.read_text()
+    assert '0 of 1' in text and '>unknown<' in text and 'line 10' in text
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+    folder = write_run(tmp_path / 'new')
+    (folder / 'metrics.jsonl').write_text('')
+    assert report.main(['report', str(folder), f'--out={tmp_path / "page.html"}']) == 0
+
+
+def test_a_benchmark_adds_the_table_of_passes(runs, tmp_path):
+    rows = [{'batch_size': 10, 'forward': 1.0, 'backward': 1.0, 'both': 1.0}]
+    result = {'relative_epochs': rows, 'num_devices': 1, 'device': 'cpu', 'versions': {'jax': '1'}}
+    (tmp_path / 'b.json').write_text(json.dumps(result))
+    page = report.page([str(runs[0])], str(tmp_path / 'b.json'))
+    assert page.tables[1].rows == [('10', '1.00', '1.00', '1.00')]
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ([], 'error: report: no run given'),
+        (['nowhere'], "error: report: no run in 'nowhere': neither metrics.jsonl nor config.json"),
+        (['RUN', '--out=nowhere/page.html'], 'error: --out: '),
+        (['RUN', '--format=pdf'], '--format'),
+        (['RUN', '--benchmark=nowhere.json'], 'error: --benchmark: '),
+    ],
+)
+def test_mistakes_are_told_in_a_line(runs, arguments, message, capsys):
+    arguments = [argument.replace('RUN', str(runs[0])) for argument in arguments]
+    assert report.main(['report', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+
+
+def test_reports_need_neither_a_display_nor_tensorflow_nor_a_device(runs, tmp_path):
+    code = (
+        'import sys; sys.modules["tensorflow"] = None; from adabatch_jax import report\n'
+        f'status = report.main(["report", {str(runs[0])!r}, "--out={tmp_path / "page.html"}"])\n'
+        'from jax._src import xla_bridge; sys.exit(status or xla_bridge.backends_are_initialized())'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,81 @@
+"""Sweeps: several policies and seeds, each a process, and their comparison."""
+
+import json
+
+import pytest
+
+from adabatch_jax import main, metrics, sweep
+from adabatch_jax.config import ConfigError, changes, flatten
+
+CONFIG = '--config=tests/small_run.py'
+
+
+def config():
+    return main.parse(['main', CONFIG]).config
+
+
+def test_controls_differ_from_the_adaptive_run_in_their_batches_alone():
+    runs = sweep.configs(config(), sweep.POLICIES, [3, 4])
+    assert list(runs) == [f'{name}-{seed}' for name in sweep.POLICIES for seed in (3, 4)]
+    adaptive = flatten(runs['adaptive-3'])
+    assert changes(adaptive, flatten(runs['fixed_small-3'])) == [
+        "batch.policy ('adabatch' before, 'fixed' now)"
+    ]
+    assert changes(adaptive, flatten(runs['fixed_large-3'])) == [
+        "batch.policy ('adabatch' before, 'fixed' now)",
+        'batch.base_size (8 before, 16 now)',
+    ]
+    assert changes(adaptive, flatten(runs['adaptive-4'])) == ['seed (3 before, 4 now)']
+
+
+def test_all_have_the_coupling_of_the_adaptive_run():
+    adaptive = config()
+    adaptive.batch.policy, adaptive.batch.max_size = 'cabs', 16
+    runs = sweep.configs(adaptive, ['fixed_small', 'adaptive', 'noise_scale'], [0])
+    assert {run.learning_rate.coupling for run in runs.values()} == {'none'}
+    assert runs['noise_scale-0'].batch.policy == 'noise_scale'
+
+
+def test_a_sweep_trains_each_run_compares_them_and_goes_on_where_it_was_stopped(command_line, tmp_path):
+    arguments = (CONFIG, f'--workdir={tmp_path}', '--sweep', '--seeds=0,1', '--quiet')
+    few = (
+        '--policies=fixed_small,adaptive',
+        '--config.num_epochs=1',
+        '--config.batch.growth_epochs=0.5',
+    )
+    done = command_line(*arguments, *few)
+    assert done.returncode == 0, done.stderr
+    names = ['fixed_small-0', 'fixed_small-1', 'adaptive-0', 'adaptive-1']
+    ends = [metrics.read_records(tmp_path / name)[-1] for name in names]
+    assert [end['updates'] for end in ends] == [16, 16, 12, 12]
+    assert len({end['params_digest'] for end in ends}) == 4
+    page = (tmp_path / 'report.html').read_text()
+    assert '2 of 2' in page and '>adabatch<' in page
+    again = command_line(*arguments, *few)
+    assert again.returncode == 0
+    assert [metrics.read_records(tmp_path / name)[-1] for name in names] == ends
+    config_ = json.loads((tmp_path / 'adaptive-1/config.json').read_text())
+    assert config_['seed'] == 1
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--policies=fixed_small,unknown', '--sweep'], 'config.batch'),
+        (['--sweep', '--seeds=a'], "--seeds: got ['a']"),
+        (['--seeds=1'], "--seeds: got ['1'] with --mode=train; accepted: --sweep"),
+        (['--sweep', '--mode=plan'], '--sweep: got True with --mode=plan; accepted: --mode=train'),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments, message, capsys):
+    workdir = tmp_path / 'sweep'
+    assert main.main(['main', CONFIG, f'--workdir={workdir}', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+    assert not workdir.exists()
+
+
+def test_a_sweep_is_one_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep.jax.distributed, 'is_initialized', lambda: True)
+    with pytest.raises(ConfigError, match='--sweep: got several processes'):
+        sweep.run(config(), tmp_path, sweep.POLICIES, [0])
