@@ -217,9 +217,10 @@ def stage_rows(records: list[Record]) -> list[Record]:
       ``updates``, ``images_per_second`` (median) and ``loss`` (the last); None for what is not known.
     """
     entered = {r['stage']: r for r in reversed(records) if r['kind'] == 'stage'}
-    stages = [entered[stage] for stage in sorted(entered)]
-    end = max(records, key=lambda r: r['step']) if records else None
-    rows = []
+    stages, rows = [entered[stage] for stage in sorted(entered)], []
+    if not stages:
+        return rows
+    end = max(records, key=lambda r: r['step'])
     for stage, following in zip(stages, [*stages[1:], end], strict=True):
         train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
         speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]

@@ -25,7 +25,7 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import SCHEDULE, flatten, resolve, schedule_of, user_errors
+from adabatch_jax.config import SCHEDULE, ConfigError, flatten, resolve, schedule_of, user_errors
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import HostState
@@ -109,10 +109,13 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
         try:
             return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
-            if not distributed.is_alone():  # the others do not know of it, and wait
-                raise
             size = run.upcoming.batch_size if run.upcoming else run.host.batch_size
             smaller = memory.smaller_microbatch(error, run.experiment, size)
+            if not distributed.is_alone():  # the others do not know of it, and wait
+                raise ConfigError(
+                    f'config.batch.max_per_device: update {run.step + 1} ran out of memory; start all '
+                    f'processes again with {smaller}, and with --allow_schedule_change'
+                ) from error
             reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
             return None, dataclasses.replace(attempt, max_per_device=smaller, reason=reason)
         except Diverged as error:

@@ -118,6 +118,6 @@ def test_every_public_name_is_documented(name):
         if inspect.isfunction(value) or inspect.isclass(value):
             assert inspect.getdoc(value), f'{name}.{public}'
         for attribute, member in vars(value).items() if inspect.isclass(value) else ():
-            is_code = inspect.isfunction(member) or isinstance(member, property)
-            if is_code and not attribute.startswith('_'):
+            is_method = inspect.isfunction(member) and member.__qualname__.endswith(f'.{attribute}')
+            if (is_method or isinstance(member, property)) and not attribute.startswith('_'):
                 assert inspect.getdoc(getattr(value, attribute)), f'{name}.{public}.{attribute}'

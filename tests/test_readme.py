@@ -55,7 +55,7 @@ def test_training_commands_run_one_after_the_other_but_shorter(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     shorter = ['--config.num_epochs=0.25', '--config.model.name=cnn', '--config.log_every_steps=5']
-    made_up = ['--config.dataset.name=synthetic', '--config.dataset.num_examples=2048']
+    made_up = ['--config.dataset.name=synthetic', '--config.dataset.num_examples=10240']
     elsewhere = ('--sweep', '--benchmark', '--num_processes')  # which have tests of their own
     ran = 0
     for command in COMMANDS:

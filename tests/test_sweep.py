@@ -22,8 +22,8 @@ def test_controls_differ_from_the_adaptive_run_in_their_batches_alone():
         "batch.policy ('adabatch' before, 'fixed' now)"
     ]
     assert changes(adaptive, flatten(runs['fixed_large-3'])) == [
-        "batch.policy ('adabatch' before, 'fixed' now)",
         'batch.base_size (8 before, 16 now)',
+        "batch.policy ('adabatch' before, 'fixed' now)",
     ]
     assert changes(adaptive, flatten(runs['adaptive-4'])) == ['seed (3 before, 4 now)']
 

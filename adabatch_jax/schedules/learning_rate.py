@@ -94,9 +94,12 @@ class LearningRate:
 
     def __call__(self, epoch, batch_size):
         """Learning rate of an update that starts at ``epoch``; numbers or arrays, in float64."""
-        scale = (np.asarray(batch_size) / self.reference_batch_size) ** COUPLINGS[self.coupling]
-        rate = self.effective_at(epoch) * scale
+        rate = self.factor(batch_size) * self.effective_at(epoch)
         return rate if np.ndim(rate) else float(rate)
+
+    def factor(self, batch_size):
+        """What the effective rate is multiplied by for a batch size; a number or an array."""
+        return (np.asarray(batch_size) / self.reference_batch_size) ** COUPLINGS[self.coupling]
 
     def effective_at(self, epoch) -> np.ndarray:
         """The effective rate at an epoch or an array of epochs, in float64.
