@@ -83,6 +83,8 @@ def lines(
     if log_y:
         axes.set_yscale('log', base=2 if steps else 10)
         axes.yaxis.set_major_formatter('{x:,g}')
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter('{x:,g}' if high < 10 * low and not steps else '')
     _legend(figure, axes)
     return figure
 

@@ -261,7 +261,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
 th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; min-width: 18rem; }
+th.text, td.text { text-align: left; white-space: normal; min-width: 18rem; }
 p.note, ul.notes { color: #555; font-size: .9rem; max-width: 60rem; }
 """
 
@@ -291,7 +291,10 @@ def as_html(page: Page) -> str:
 
 def html_table(table: Table) -> str:
     """A table as an element of a page."""
-    head = ''.join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
+    head = ''.join(
+        f'<th scope="col"{" class=text" if column == "reason" else ""}>{html.escape(column)}</th>'
+        for column in table.columns
+    )
     text = [column == 'reason' for column in table.columns]
     body = ''.join(
         '<tr>'

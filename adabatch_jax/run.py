@@ -29,7 +29,7 @@ from adabatch_jax.config import changes, schedule_of
 from adabatch_jax.evaluate import evaluate
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.host_state import HostState
-from adabatch_jax.stream import InFlight, Stream, Streams, open_stream
+from adabatch_jax.stream import EffectiveRates, InFlight, Stream, Streams, open_stream
 
 STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
 GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
@@ -59,7 +59,7 @@ class Run:
         self.dispatches = 0  # by this process
         self.has_grown = False  # the batch of the upcoming update, from the one before it
         self.in_flight: InFlight | None = None
-        self.effective_rates: dict[int, float] = {}  # of updates by where they start
+        self.effective_rates = EffectiveRates(self.clock, experiment.learning_rate)
         self.upcoming: schedules.Update | None = None
         self.decision: policies.Decision | None = None  # of the upcoming update
         self.display = progress.ProgressDisplay(experiment.plan, self.examples_seen)
@@ -162,20 +162,9 @@ class Run:
         if self.searches and self.host.observed:
             return self.host.observed['learning_rate']
         lowered = self.experiment.config.divergence.rate_factor ** self.host.counts['fall_backs']
-        gain = self.decision.gain
-        if gain is None:
-            gain = self.experiment.learning_rate.factor(update.batch_size)
-        return lowered * gain * self.effective(update)
-
-    def effective(self, update: schedules.Update) -> float:
-        """The effective rate of an update; worked out for many at once, since on a CPU it has to wait
-        for the update in flight.
-        """
-        if update.start not in self.effective_rates:
-            following = itertools.islice(self.clock.updates(update.start, update.batch_size), 256)
-            rate, epoch = self.experiment.learning_rate, self.clock.epoch
-            self.effective_rates = {u.start: float(rate.effective_at(epoch(u.start))) for u in following}
-        return self.effective_rates[update.start]
+        factor, gain = self.experiment.learning_rate.factor, self.decision.gain
+        gain = factor(update.batch_size) if gain is None else gain
+        return float(lowered * gain * self.effective_rates(update))
 
     def ahead(self) -> list[schedules.Update]:
         """The updates to dispatch together: the upcoming one, and more if nothing comes between."""

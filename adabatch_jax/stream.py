@@ -11,7 +11,7 @@ import numpy as np
 
 from adabatch_jax import distributed, steps
 from adabatch_jax.experiment import Experiment
-from adabatch_jax.schedules import Update
+from adabatch_jax.schedules import Clock, LearningRate, Update
 from adabatch_jax.train_state import TrainState
 
 
@@ -73,6 +73,29 @@ class InFlight:
     def is_ready(self) -> bool:
         """Whether the devices are done."""
         return all(x.is_ready() for x in self.sums.values())
+
+
+class EffectiveRates:
+    """Effective learning rates of updates, worked out for many at once.
+
+    That is a computation of its own, which on a CPU would wait for the update in flight.
+    """
+
+    AHEAD = 256  # updates
+
+    def __init__(self, clock: Clock, rate: LearningRate):
+        self._clock, self._rate = clock, rate
+        self._known: dict[int, float] = {}  # by the start of the update
+
+    def __call__(self, update: Update) -> float:
+        """That of an update."""
+        if update.start not in self._known:
+            following = self._clock.updates(update.start, update.batch_size)
+            starts = [u.start for u in itertools.islice(following, self.AHEAD)]
+            # One by one: together they may be rounded otherwise.
+            rates = (self._rate.effective_at(self._clock.epoch(start)) for start in starts)
+            self._known = dict(zip(starts, map(float, rates), strict=True))
+        return self._known[update.start]
 
 
 def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:

@@ -292,3 +292,20 @@ def test_a_closed_pipeline_keeps_no_images():
     pipeline.close()
     gc.collect()
     assert images() is None
+
+
+def test_pipelines_have_no_autotuning_whose_thread_would_be_waited_for():
+    """Until it woke, up to a minute after the pipeline was forgotten at the end of a stage."""
+    import tensorflow as tf
+
+    from adabatch_jax.input_pipeline import datasets
+
+    class Recorder:
+        def with_options(self, options):
+            self.options = options
+            return tf.data.Dataset.range(3)
+
+    recorder = Recorder()
+    assert [int(x) for x in datasets.as_numpy_iterator(recorder)] == [0, 1, 2]
+    assert recorder.options.autotune.enabled is False
+    assert datasets.num_cores() >= 1

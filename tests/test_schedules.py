@@ -240,3 +240,15 @@ def test_clock_refuses_runs_without_examples_or_end(arguments):
 def test_clock_refuses_runs_that_its_32_bits_cannot_count():
     with pytest.raises(ValueError, match='2\\^32'):
         Clock(2**20, 4096)
+
+
+def test_rates_worked_out_ahead_are_those_of_each_update():
+    from adabatch_jax.stream import EffectiveRates
+
+    clock = schedules.Clock(100, 9, 'drop')
+    rate = schedules.LearningRate(schedules.step_schedule(0.3, 0.37, [2, 5]), 'linear', 8)
+    rates, position = EffectiveRates(clock, rate), 0
+    for size, count in [(8, 300), (16, 5), (8, 40)]:  # past what was worked out, and another size
+        for _, update in zip(range(count), clock.updates(position, size), strict=False):
+            assert rates(update) == float(rate.effective_at(clock.epoch(update.start)))
+            position = update.end

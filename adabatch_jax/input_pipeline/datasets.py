@@ -159,6 +159,22 @@ def tensorflow():
     return tensorflow
 
 
+def num_cores() -> int:
+    """Cores that this process may use: how many images or batches tf.data works on at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def as_numpy_iterator(dataset):
+    """The elements of a tf.data pipeline, without autotuning.
+
+    Its thread sleeps for up to a minute between two looks at the pipeline, and whoever forgets the
+    iterator waits until it wakes (TensorFlow 2.21): at the end of a stage, with the devices idle.
+    """
+    options = tensorflow().data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options).as_numpy_iterator()
+
+
 # Image shape, classes, mean and standard deviation of the training pixels in units of 255, sizes.
 # The official AdaBatch code normalises CIFAR-100 with CIFAR-10's figures; so do we.
 _CIFAR = ((32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), (50_000, 10_000))

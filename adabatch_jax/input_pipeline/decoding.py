@@ -12,7 +12,13 @@ import numpy as np
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.input_pipeline.datasets import DataError, open_split, tensorflow
+from adabatch_jax.input_pipeline.datasets import (
+    DataError,
+    as_numpy_iterator,
+    num_cores,
+    open_split,
+    tensorflow,
+)
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 
 tf = tensorflow()
@@ -134,16 +140,16 @@ class EncodedPipeline:
             tf.TensorSpec([None], tf.int32),
             tf.TensorSpec([None, _DRAWS], tf.int64),
         )
-        return (
+        dataset = (
             tf.data.Dataset.from_generator(
                 lambda: self._read(split, parts, window), output_signature=signature
             )
             .unbatch()
-            .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .map(decode, num_parallel_calls=num_cores(), deterministic=True)
             .batch(size)
             .prefetch(2)
-            .as_numpy_iterator()
         )
+        return as_numpy_iterator(dataset)
 
     def _read(self, split: EncodedSplit, parts: Iterator[Part], window: Callable) -> Iterator[tuple]:
         """Bytes, labels, indices and random draws of a few examples at a time, read ahead by threads.

@@ -6,7 +6,7 @@ import numpy as np
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.input_pipeline.datasets import tensorflow
+from adabatch_jax.input_pipeline.datasets import as_numpy_iterator, num_cores, tensorflow
 from adabatch_jax.input_pipeline.in_memory import Batch, InMemory
 
 tf = tensorflow()
@@ -60,10 +60,10 @@ class TfDataPipeline(InMemory):
         )
         dataset = (
             tf.data.Dataset.from_generator(draws, output_signature=signature)
-            .map(self._images_of, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .map(self._images_of, num_parallel_calls=num_cores(), deterministic=True)
             .prefetch(2)
         )
-        return dataset.as_numpy_iterator()
+        return as_numpy_iterator(dataset)
 
     def _images_of(self, examples, labels, offsets, mirrored):
         """Gathers, pads, crops and mirrors a whole batch: two gathers, no loop over examples."""
