@@ -184,6 +184,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         groups.setdefault(json.dumps(config, sort_keys=True) + own, []).append(number)
     configs = [kept[numbers[0]] for numbers in groups.values()]
     keys = sorted({key for config in configs for key in config})
+    keys.sort(key=lambda key: key != 'batch.policy')  # that first
     differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs}) > 1]
     found = []
     for numbers, config in zip(groups.values(), configs, strict=True):

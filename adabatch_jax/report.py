@@ -192,7 +192,7 @@ def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
         for axis, (x, xlabel, unit_) in axes.items():
             marked = axis == 'epoch' and len(groups) <= 3
             drawn = [curve(g, kind, x, y, 1 / unit_, scale, marked) for g in groups]
-            found[f'{name}_by_{axis}'] = (drawn, xlabel, ylabel, {})
+            found[f'{name}_by_{axis}'] = (drawn, xlabel, ylabel, {'log_y': is_wide(drawn)})
     for y, name, ylabel in (
         ('batch_size', 'batch_size', 'batch size, examples'),
         ('learning_rate', 'learning_rate', 'learning rate'),
@@ -211,6 +211,12 @@ def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
         for name, (drawn, xlabel, ylabel, options) in found.items()
         if any(line is not None for line in drawn)
     }
+
+
+def is_wide(drawn: Sequence[figures.Line | None]) -> bool:
+    """Whether values are positive and lie so far apart that a logarithmic axis shows more."""
+    values = [y for line in drawn if line is not None for y in line.y]
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
 def curve(
@@ -258,8 +264,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; min-width: 4rem; }
 th:first-child, td:first-child { text-align: left; }
 th.text, td.text { text-align: left; white-space: normal; min-width: 18rem; }
 p.note, ul.notes { color: #555; font-size: .9rem; max-width: 60rem; }
