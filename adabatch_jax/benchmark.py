@@ -90,8 +90,9 @@ def predicted_seconds(plan: schedules.Plan, measured: list[Measured]) -> float |
 
 
 def control(config) -> schedules.Plan:
-    """The plan of a config's control."""
+    """The plan of a config's control: its first batch size throughout."""
     control = config.copy_and_resolve_references()
+    control.batch.base_size = train.plan(config).stages[0].batch_size
     control.batch.policy = 'fixed'
     return train.plan(control)
 
@@ -254,16 +255,29 @@ def _splits(plan: schedules.Plan) -> Callable[[int], bool]:
     return splits
 
 
-def run(values: flags.FlagValues) -> int:
-    """Does what the command line says; returns the exit status."""
+def check(values: flags.FlagValues) -> None:
+    """Refuses what would fail after everything has been measured."""
     if values.config is None:
         raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
-    config = values.config
     for name in ('json', 'plot'):
         if values[name].value and not pathlib.Path(values[name].value).parent.is_dir():
             raise ConfigError(
                 f'--{name}: got {values[name].value!r}; accepted: a file in a folder that exists'
             )
+    if values.plot and pathlib.Path(values.plot).suffix not in figures.SUFFIXES:
+        accepted = ', '.join(figures.SUFFIXES)
+        raise ConfigError(f'--plot: got {values.plot!r}; accepted: names that end with {accepted}')
+    for name in ('plot', 'latency_us', 'gigabytes_per_second'):
+        if values[name].present and not values.scaling:
+            raise ConfigError(f'--{name}: got {values[name].value!r}; accepted: with --scaling')
+    if values.scaling and values.run:
+        raise ConfigError('--scaling: got --run as well; accepted: one of them')
+
+
+def run(values: flags.FlagValues) -> int:
+    """Does what the command line says; returns the exit status."""
+    check(values)
+    config = values.config
     result = {
         'device': jax.devices()[0].device_kind,
         'num_devices': jax.device_count(),
@@ -272,7 +286,11 @@ def run(values: flags.FlagValues) -> int:
     }
     if values.run:
         with tempfile.TemporaryDirectory(prefix='adabatch-benchmark-') as directory:
-            summary = train.train(config, directory)
+            try:
+                summary = train.train(config, directory)
+            except train.Diverged as reason:
+                terminal.complain(f'error: {reason}')
+                return 3
             stages = [r for r in metrics.read_records(directory) if r['kind'] == 'stage']
         result |= {'summary': summary, 'shares': shares(summary), 'stages': stages}
         terminal.print_shares(result['shares'], summary)
@@ -289,7 +307,13 @@ def run(values: flags.FlagValues) -> int:
 
 def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
     """Measures what the command line asks for, and prints it."""
-    sizes = batch_sizes(values, describe(resolve(config)))
+    described = describe(resolve(config))
+    if values.scaling and not described.policy.planned:
+        raise ConfigError(
+            f'config.batch.policy: got {config.batch.policy!r}, which decides during the run; accepted '
+            'with --scaling: policies that plan, replay among them'
+        )
+    sizes = batch_sizes(values, described)
     experiment, pipeline = train.fitted(config), None
     if values.input == 'real':
         parts = (experiment.config, experiment.info, experiment.clock, experiment.load)

@@ -107,7 +107,7 @@ def run(
     except KeyboardInterrupt:
         return distributed.fail(130, f'interrupted{interrupted}')
     except Exception:
-        if distributed.is_alone():
+        if not distributed.is_joined():
             raise
         return distributed.fail(1, traceback.format_exc())
 

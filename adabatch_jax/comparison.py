@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from adabatch_jax import metrics
+from adabatch_jax.config import CONFIG_FILE, RUNTIME_KEYS, flatten, identifies_data
 
 Record = dict[str, Any]
-CONFIG_FILE = 'config.json'
 # Runs that differ in these are seeds of one experiment.
 SEED = 'seed'
 # What a record has to have for the rest to be of use.
@@ -25,13 +25,7 @@ _NEEDED = {
     'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy'),
 }
 # How a run was carried out, not what it is.
-IGNORED = (
-    'compile.',
-    'dataset.data_dir',
-    'dataset.pipeline',
-    'checkpoint_every_epochs',
-    'log_every_steps',
-)
+IGNORED = (*RUNTIME_KEYS, 'log_every_steps')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +103,7 @@ def read_run(directory: str | os.PathLike) -> Run:
         else:
             records.append(record)
     try:
-        config = _flat(json.loads((directory / CONFIG_FILE).read_text(encoding='utf-8')))
+        config = flatten(json.loads((directory / CONFIG_FILE).read_text(encoding='utf-8')))
     except (OSError, ValueError, AttributeError) as error:
         skipped.append(f'{CONFIG_FILE}: {getattr(error, "strerror", None) or error}')
         config = {}
@@ -118,13 +112,6 @@ def read_run(directory: str | os.PathLike) -> Run:
             f'no run in {str(directory)!r}: neither {metrics.METRICS_FILE} nor {CONFIG_FILE}'
         )
     return Run(directory, config, records, tuple(skipped))
-
-
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +162,7 @@ class Spread:
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Puts the seeds of a config together, in the order in which the runs are given."""
-    kept = [
-        {k: v for k, v in run.config.items() if k != SEED and not k.startswith(IGNORED)} for run in runs
-    ]
+    kept = [_kept(run.config) for run in runs]
     groups: dict[str, list[int]] = {}
     for number, (run, config) in enumerate(zip(runs, kept, strict=True)):
         own = '' if config else str(run.directory)  # of a run without a config nothing is known
@@ -197,6 +182,14 @@ def group(runs: Sequence[Run]) -> list[Group]:
         else g
         for g in found
     ]
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run another experiment."""
+    ignored = {SEED, *IGNORED}
+    if not identifies_data(config.get('dataset.name', '')):
+        ignored.add('dataset.data_dir')
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:

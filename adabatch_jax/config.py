@@ -156,6 +156,8 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+CONFIG_FILE = 'config.json'  # of a run, in its work directory
+
 # Keys that change how a run is carried out but not what it computes: they may differ when a
 # work directory is continued.
 RUNTIME_KEYS = (
@@ -325,6 +327,11 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
+def identifies_data(name: str) -> bool:
+    """Whether the folder of a data set says what data they are, rather than its name."""
+    return name in ('npz', 'image_folder')
+
+
 def differences(
     ours: ml_collections.ConfigDict,
     theirs: ml_collections.ConfigDict,
@@ -337,7 +344,7 @@ def differences(
     """
     a, b = flatten(ours), flatten(theirs)
     ignored = {*RUNTIME_KEYS, *(key for key in a.keys() | b.keys() if key.startswith(may_differ))}
-    if ours.dataset.name not in ('npz', 'image_folder'):
+    if not identifies_data(ours.dataset.name):
         ignored.add('dataset.data_dir')
     return [
         f'{key} ({a.get(key)!r} here, {b.get(key)!r} there)'

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+SUFFIXES = ('.png', '.svg', '.pdf')
 STYLES = {
     'fixed': {'color': '#0072B2', 'marker': 'o'},
     'adaptive': {'color': '#D55E00', 'marker': 's'},

@@ -6,7 +6,7 @@ from typing import Any
 COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
 # What keeps the devices waiting.
 OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
-PAUSES = ('stall', 'evaluation', 'checkpoint', 'probe')  # which are not between the ends of updates
+PAUSES = ('evaluation', 'checkpoint', 'probe')  # which come again and again, not between updates
 SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 
 
@@ -54,5 +54,5 @@ class HostState:
 
     @property
     def paused_seconds(self) -> float:
-        """Seconds that are not in ``train``."""
+        """Seconds of what comes again and again and is not in ``train``."""
         return sum(self.seconds[key] for key in PAUSES)

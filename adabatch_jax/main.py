@@ -35,7 +35,6 @@ from adabatch_jax import (
 )
 from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.experiment import describe
-from adabatch_jax.metrics import read_records
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -110,7 +109,9 @@ def run(values: flags.FlagValues) -> int:
         return 0
     if values.sweep:
         directory, seeds = pathlib.Path(values.workdir), values.seeds or [values.config.seed]
-        return sweep.run(values.config, directory, values.policies, list(map(int, seeds)), values.quiet)
+        seeds = [int(seed) for seed in seeds]
+        original = values['config'].config_filename.partition('.py:')[0].removesuffix('.py') + '.py'
+        return sweep.run(values.config, original, directory, values.policies, seeds, values.quiet)
     progress.quiet = values.quiet
     try:
         return train_run(values.config, values.workdir, values.allow_schedule_change)
@@ -155,9 +156,8 @@ def train_run(config, directory: str, allow_schedule_change: bool) -> int:
     except train.SaveFailed as reason:
         raise ConfigError(f'workdir: {reason}; make room, and the same command continues') from reason
     if distributed.is_first() and not progress.quiet:
-        records = read_records(directory)
-        end = next(r for r in reversed(records) if r['kind'] == 'summary')
-        terminal.print_stages(comparison.stage_rows(records), end)
+        run = comparison.read_run(directory)
+        terminal.print_stages(comparison.stage_rows(run.records), run.summary)
     return 0
 
 
@@ -169,7 +169,7 @@ def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
     if benchmark:
         with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
             model = scaling.Model.from_benchmark(json.load(file))
-        terminal.print_worthwhile(experiment.plan, model, experiment.plan.num_devices)
+        terminal.print_worthwhile(experiment.plan, model)
     elif num_devices:
         terminal.say(
             'How many devices pay off in each stage: --benchmark=FILE with what python -m '

@@ -12,6 +12,9 @@ from adabatch_jax import terminal
 from adabatch_jax.scaling import fit_line
 from adabatch_jax.schedules import Plan, Stage
 
+# Fields of a run, and how they are shown.
+_SHOWN = {'batch_size': ',', 'learning_rate': '.4g', 'loss': '.4f', 'examples_per_second': ',.0f'}
+
 quiet = False  # whether to show nothing; a switch of the command line
 
 
@@ -72,9 +75,9 @@ class ProgressDisplay:
             TextColumn('epoch {task.fields[epoch]:.2f}/{task.total:g}'),
             BarColumn(bar_width=20),
             TextColumn('batch {task.fields[batch_size]}'),
-            TextColumn('lr {task.fields[learning_rate]:.4g}'),
-            TextColumn('loss {task.fields[loss]:.4f}'),
-            TextColumn('{task.fields[examples_per_second]:,.0f} images/s'),
+            TextColumn('lr {task.fields[learning_rate]}'),
+            TextColumn('loss {task.fields[loss]}'),
+            TextColumn('{task.fields[examples_per_second]} images/s'),
             _Remaining(),
             console=terminal.console,
             disable=quiet or not terminal.console.is_terminal or jax.process_index() > 0,
@@ -85,11 +88,8 @@ class ProgressDisplay:
             total=self._clock.num_epochs,
             completed=epoch,
             epoch=epoch,
-            batch_size='-',
-            learning_rate=0.0,
-            loss=float('nan'),
-            examples_per_second=0.0,
             end=None,
+            **dict.fromkeys(_SHOWN, '-'),
         )
 
     def __enter__(self):
@@ -110,7 +110,8 @@ class ProgressDisplay:
         epoch = self._clock.epoch(examples_seen)
         left = self.seconds_left(examples_seen, paused_seconds, **fields)
         end = None if left is None else time.monotonic() + left
-        self._bar.update(self._task, completed=epoch, epoch=epoch, end=end, **fields)
+        shown = {name: format(fields[name], form) for name, form in _SHOWN.items()}
+        self._bar.update(self._task, completed=epoch, epoch=epoch, end=end, **shown)
 
     def seconds_left(
         self,

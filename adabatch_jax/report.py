@@ -56,17 +56,23 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     """Reads the runs and works out what there is to say.
 
     Raises:
-      ConfigError: a directory without a run, or a file without a benchmark.
+      ConfigError: none of them holds a run, or a file holds no benchmark.
     """
-    with user_errors('report'):
-        runs = [comparison.read_run(directory) for directory in directories]
+    runs, refused = [], []
+    for directory in directories:
+        try:
+            runs.append(comparison.read_run(directory))
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    if not runs:
+        raise ConfigError(f'report: {refused[0]}')
     groups = comparison.group(runs)
     tables = [comparison_table(groups)]
     if benchmark:
         with user_errors('--benchmark'):
             tables.append(passes_table(json.loads(pathlib.Path(benchmark).read_text())))
     tables += [stage_table(group) for group in groups]
-    return Page(tables, all_figures(groups), notes(groups))
+    return Page(tables, all_figures(groups), [*notes(groups), *refused])
 
 
 def number(spread: Spread | None, form: str, scale: float = 1.0) -> str:
@@ -350,7 +356,7 @@ def write(page: Page, form: str, out: pathlib.Path) -> None:
     if form == 'html':
         out.write_text(as_html(page), encoding='utf-8')
         return
-    folder = out if form == 'png' else out.with_suffix('')
+    folder = out if form == 'png' else out.with_name(f'{out.stem}_figures')
     if form == 'md':
         out.write_text(as_markdown(page, folder.name), encoding='utf-8')
     folder.mkdir(exist_ok=True)

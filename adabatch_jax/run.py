@@ -21,6 +21,7 @@ from adabatch_jax import (
     records,
     schedules,
     steps,
+    terminal,
     train_state,
     workdir,
 )
@@ -56,7 +57,6 @@ class Run:
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.streams = Streams(functools.partial(open_stream, experiment, pipeline))
         self.stream: Stream | None = None
-        self.dispatches = 0  # by this process
         self.has_grown = False  # the batch of the upcoming update, from the one before it
         self.in_flight: InFlight | None = None
         self.effective_rates = EffectiveRates(self.clock, experiment.learning_rate)
@@ -199,7 +199,6 @@ class Run:
         self.state, sums = self.stream.update(self.state, batch, updates, given)
         before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
         self.step += len(updates)
-        self.dispatches += 1
         self.previous = updates[-2].end if len(updates) > 1 else self.examples_seen
         self.examples_seen = updates[-1].end
         return before
@@ -280,7 +279,7 @@ class Run:
             raise Diverged(f'training diverged: {what} at {where}{in_a_row}')
         self.host.counts['skipped'] += 1
         self.host.window = metrics.add_sums(self.host.window, {'skipped': 1})
-        self.display.say(f'epoch {self.epoch:.4g}: skipped {where}: {what}')
+        terminal.say(f'epoch {self.epoch:.4g}: skipped {where}: {what}')
 
     # ------------------------------------------------------------------- between the updates
 

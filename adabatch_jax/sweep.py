@@ -15,15 +15,19 @@ from collections.abc import Iterator, Sequence
 import jax
 import ml_collections
 
-from adabatch_jax import report
-from adabatch_jax.config import ConfigError, resolve, to_json
+from adabatch_jax import distributed, report
+from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
 from adabatch_jax.experiment import describe
 
 # The first batch size throughout, the largest throughout, and what the config says.
 FIXED_SMALL, FIXED_LARGE, ADAPTIVE = POLICIES = ('fixed_small', 'fixed_large', 'adaptive')
 _CONFIG = '''"""Of a sweep: {name}, seed {seed}."""
 
+import runpy
+
 from adabatch_jax.config import from_json
+
+runpy.run_path({original!r})  # with the models, data sets and policies that it may add
 
 
 def get_config():
@@ -53,6 +57,8 @@ def configs(
             run = config.copy_and_resolve_references()
             run.seed = seed
             run.learning_rate.coupling = adaptive.learning_rate.coupling
+            if name == FIXED_SMALL:
+                run.batch.base_size = adaptive.plan.stages[0].batch_size
             if name == FIXED_LARGE:
                 run.batch.base_size = adaptive.plan.ladder[-1]
             if name != ADAPTIVE:
@@ -64,6 +70,7 @@ def configs(
 
 def run(
     config: ml_collections.ConfigDict,
+    original: str,
     directory: pathlib.Path,
     names: Sequence[str],
     seeds: Sequence[int],
@@ -73,6 +80,7 @@ def run(
 
     Args:
       config, names, seeds: as for ``configs``.
+      original: the file that the config is from.
       directory: of the sweep.
       quiet: for the runs.
 
@@ -83,20 +91,17 @@ def run(
     Raises:
       ConfigError: a mistake, found before the first run.
     """
-    if jax.distributed.is_initialized():
+    if distributed.is_joined():
         raise ConfigError('--sweep: got several processes; accepted: one, which starts the others')
     jax.config.update('jax_platforms', 'cpu')  # the accelerator's memory is for the runs
     runs, worst = configs(config, names, seeds), 0
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file, workdir = directory / f'{name}.py', directory / name
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            policy, _, seed = name.rpartition('-')
-            file.write_text(_CONFIG.format(name=policy, seed=seed, text=to_json(run_config)))
-        except OSError as error:
-            raise ConfigError(
-                f'workdir: cannot write to {str(directory)!r}: {error.strerror}'
-            ) from error
+        policy, _, seed = name.rpartition('-')
+        parts = {'name': policy, 'seed': seed, 'text': to_json(run_config)}
+        with user_errors('workdir'):
+            directory.mkdir(parents=True, exist_ok=True)
+            file.write_text(_CONFIG.format(**parts, original=str(pathlib.Path(original).absolute())))
         if not quiet:
             print(f'run {number} of {len(runs)}: {name}', flush=True)
         status = _train(file, workdir, quiet)
@@ -104,29 +109,38 @@ def run(
             return status
         worst = max(worst, status)
     page = report.page([str(directory / name) for name in runs])
-    report.write(page, 'html', directory / 'report.html')
-    for line in page.notes:
-        print(line)
-    print(f'{directory / "report.html"}: {len(runs)} runs compared')
+    with user_errors('workdir'):
+        report.write(page, 'html', directory / 'report.html')
+    if not quiet:
+        print('\n'.join([*page.notes, f'{directory / "report.html"}: {len(runs)} runs compared']))
     return worst
 
 
 def _train(file: pathlib.Path, workdir: pathlib.Path, quiet: bool) -> int:
     command = [sys.executable, '-m', 'adabatch_jax.main', f'--config={file}', f'--workdir={workdir}']
+    command.append('--num_processes=1')  # whatever this process is one of
     process = subprocess.Popen([*command, *(['--quiet'] if quiet else [])])
-    with _passing_on(signal.SIGTERM, process):
+    with _passing_on(signal.SIGTERM, process) as received:
         try:
             status = process.wait()
         except KeyboardInterrupt:  # the run has got it too
             status = process.wait()
+    if received:
+        return 143
     return status if status >= 0 else 128 - status
 
 
 @contextlib.contextmanager
-def _passing_on(number: int, process: subprocess.Popen) -> Iterator[None]:
-    """A signal to this process goes to the run, which saves and ends, and with it the sweep."""
-    before = signal.signal(number, lambda *_: process.send_signal(number))
+def _passing_on(number: int, process: subprocess.Popen) -> Iterator[list[int]]:
+    """A signal to this process goes to the run, which saves and ends; yields those that came."""
+    received: list[int] = []
+
+    def pass_on(*_):
+        received.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(number, pass_on)
     try:
-        yield
+        yield received
     finally:
         signal.signal(number, before)

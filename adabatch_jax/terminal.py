@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: the plan, a progress bar, a table of the stages."""
+"""What a person sees: the plan, lines about a run, and tables of what it took."""
 
 import sys
 from collections.abc import Callable
@@ -172,8 +172,9 @@ def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
     )
 
 
-def print_worthwhile(plan: Plan, model: Model, num_devices: int) -> None:
-    """Prints for each stage of a plan how many of some devices pay off."""
+def print_worthwhile(plan: Plan, model: Model) -> None:
+    """Prints for each stage of a plan how many of its devices pay off."""
+    num_devices = plan.num_devices
     table = _table(
         'Devices that pay off', 'stage', 'batch', 'devices', 'images/s', 'time', 'device hours',
         f'images/s on {num_devices:,}', 'time', 'device hours',

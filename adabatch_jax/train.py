@@ -147,7 +147,7 @@ def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dic
             run.evaluate()
         if run.is_due(config.checkpoint_every_epochs):
             run.save()
-        if distributed.asked_to_stop(run.dispatches, stop):
+        if distributed.asked_to_stop(stop):
             run.save()
             distributed.from_first(lambda: run.checkpointer.wait())
             raise Preempted(f'stopped and saved at update {run.step}, epoch {run.epoch:.4g}')

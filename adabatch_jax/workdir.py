@@ -12,7 +12,15 @@ from typing import Any
 import ml_collections
 
 from adabatch_jax import checkpoint, metrics, policies
-from adabatch_jax.config import SCHEDULE, ConfigError, differences, from_json, resolve, to_json
+from adabatch_jax.config import (
+    CONFIG_FILE,
+    SCHEDULE,
+    ConfigError,
+    differences,
+    from_json,
+    resolve,
+    to_json,
+)
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.schedules import Plan
 
@@ -21,7 +29,7 @@ try:
 except ImportError:  # Windows: work directories are not locked there
     fcntl = None
 
-CONFIG_FILE, PLAN_FILE, LOCK_FILE = 'config.json', 'plan.json', '.lock'
+PLAN_FILE, LOCK_FILE = 'plan.json', '.lock'
 SCHEDULE_FILE = policies.replay.FILE
 
 

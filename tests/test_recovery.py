@@ -345,7 +345,7 @@ for step in range(1, 2000):
     time.sleep(0.01 * (1 + int(sys.argv[2])))  # one is slower
     if step == 3:
         print('running', flush=True)
-    if distributed.asked_to_stop(step, threading.Event()):
+    if distributed.asked_to_stop(threading.Event()):
         print(step, flush=True)
         break
 """

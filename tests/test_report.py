@@ -170,6 +170,7 @@ def test_markdown_and_pictures(runs, tmp_path):
     assert len(pictures) == 12
     assert all((tmp_path / name).read_bytes().startswith(b'\x89PNG') for name in pictures)
     assert '| adabatch | 3 of 3 | 10 to 50 |' in text
+    assert pictures[0].startswith('r_figures/')
     assert report.main(['report', str(runs[0]), '--format=png', f'--out={tmp_path / "png"}']) == 0
     assert len(list((tmp_path / 'png').glob('*.png'))) == 12
 
@@ -209,7 +210,10 @@ def test_a_benchmark_adds_the_table_of_passes(runs, tmp_path):
     'arguments, message',
     [
         ([], 'error: report: no run given'),
-        (['nowhere'], "error: report: no run in 'nowhere': neither metrics.jsonl nor config.json"),
+        (
+            ['nowhere', 'nor here'],
+            "error: report: no run in 'nowhere': neither metrics.jsonl nor config.json",
+        ),
         (['RUN', '--out=nowhere/page.html'], 'error: --out: '),
         (['RUN', '--format=pdf'], '--format'),
         (['RUN', '--benchmark=nowhere.json'], 'error: --benchmark: '),
@@ -230,3 +234,20 @@ def test_reports_need_neither_a_display_nor_tensorflow_nor_a_device(runs, tmp_pa
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_run_is_told_beside_the_runs(runs, tmp_path, capsys):
+    (tmp_path / 'other').mkdir()
+    out = tmp_path / 'page.html'
+    assert report.main(['report', str(runs[0]), str(tmp_path / 'other'), f'--out={out}']) == 0
+    assert 'no run in' in capsys.readouterr().out and 'no run in' in out.read_text()
+
+
+def test_other_data_are_no_other_seed(tmp_path):
+    folders = [write_run(tmp_path / str(k), seed=k) for k in range(2)]
+    for name, groups in (('cifar10', 1), ('npz', 2)):
+        for k, folder in enumerate(folders):
+            config = json.loads((folder / 'config.json').read_text())
+            config['dataset'] = {'name': name, 'data_dir': str(k)}
+            (folder / 'config.json').write_text(json.dumps(config))
+        assert len(comparison.group([comparison.read_run(folder) for folder in folders])) == groups

@@ -150,6 +150,10 @@ def test_a_plan_for_other_devices_tells_how_many_pay_off(measured, capsys):
         (main, ['--mode=plan', f'--benchmark={CONFIG}'], '--benchmark'),
         (benchmark, ['--batch_sizes=2'], '--batch_sizes: batch size 2 on 2 devices'),
         (benchmark, ['--scaling', '--plot=nowhere/a.png'], '--plot'),
+        (benchmark, ['--scaling', '--plot=a.xyz'], '--plot'),
+        (benchmark, ['--plot=a.png'], '--plot'),
+        (benchmark, ['--scaling', '--run'], '--scaling'),
+        (benchmark, ['--scaling', '--config.batch.policy=noise_scale'], 'config.batch.policy'),
         (benchmark, ['--scaling', '--gigabytes_per_second=0'], 'gigabytes_per_second'),
     ],
 )

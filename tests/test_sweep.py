@@ -76,6 +76,35 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments, messa
 
 
 def test_a_sweep_is_one_process(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep.jax.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(sweep.distributed, 'is_joined', lambda: True)
     with pytest.raises(ConfigError, match='--sweep: got several processes'):
-        sweep.run(config(), tmp_path, sweep.POLICIES, [0])
+        sweep.run(config(), 'tests/small_run.py', tmp_path, sweep.POLICIES, [0])
+
+
+def test_a_config_file_that_adds_a_policy_can_be_swept(command_line, tmp_path):
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        'import types\nfrom adabatch_jax import policies, schedules\n'
+        'def create(config, rate, clock):\n'
+        '    sizes = enumerate([16, 8])\n'
+        '    return policies.PlannedPolicy(tuple('
+        'schedules.Transition(clock.examples(e), size, "mine") for e, size in sizes))\n'
+        'policies.POLICIES["mine"] = types.SimpleNamespace(create=create, COUPLING="linear")\n'
+        'def get_config():\n'
+        '    from tests import small_run\n'
+        '    config = small_run.get_config()\n'
+        '    config.batch.policy = "mine"\n'
+        '    return config\n'
+    )
+    arguments = (f'--config={file}', f'--workdir={tmp_path / "sweep"}', '--sweep', '--quiet')
+    done = command_line(*arguments, '--policies=fixed_small,adaptive')
+    assert done.returncode == 0, done.stderr
+    stages = {
+        name: [
+            r['batch_size']
+            for r in metrics.read_records(tmp_path / 'sweep' / name)
+            if r['kind'] == 'stage'
+        ]
+        for name in ('fixed_small-0', 'adaptive-0')
+    }
+    assert stages == {'fixed_small-0': [16], 'adaptive-0': [16, 8]}  # its first size, not base_size

@@ -33,6 +33,8 @@ _FAILED = 'adabatch_jax/failed'
 _BLOCK = 1000  # messages that are removed from the store together
 
 _messages = itertools.count()
+_asked = itertools.count(1)
+_joined = threading.Event()
 _failing = threading.Event()
 
 
@@ -95,6 +97,7 @@ def join(
             f'num_processes: got processes with {devices} devices; accepted: as many in each process'
         )
     if jax.process_count() > 1:
+        _joined.set()
         threading.Thread(target=_watch, name='watch', daemon=True).start()
 
 
@@ -111,6 +114,11 @@ def _check(coordinator_address, num_processes, process_id) -> None:
         raise ValueError(
             f'coordinator_address: got {coordinator_address!r}; accepted: HOST:PORT of the first process'
         )
+
+
+def is_joined() -> bool:
+    """Whether ``join`` has found other processes; asks no device."""
+    return _joined.is_set()
 
 
 def is_alone() -> bool:
@@ -130,7 +138,8 @@ def from_first(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, in all; or what it raises there.
 
     Every process calls it in the same order, from one thread. ``make`` is called in the first process
-    only, which does not wait for the others. What it returns has to be picklable and small.
+    only, which waits for the others with every thousandth message alone. What it returns has to be
+    picklable and small.
     """
     if is_alone():
         return make()
@@ -177,16 +186,16 @@ def smallest(value: float) -> float:
     return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
-def asked_to_stop(dispatch: int, stop: threading.Event | None) -> bool:
+def asked_to_stop(stop: threading.Event | None) -> bool:
     """Whether to save and end; the same answer in every process after the same dispatch.
 
     With one process: whether ``stop`` is set. With several, JAX's preemption service watches for SIGTERM
     in each of them, and they agree on a dispatch that none has passed yet; every process has to ask
-    after every dispatch, counted without gaps.
+    after every dispatch.
     """
     if is_alone():
         return stop is not None and stop.is_set()
-    return multihost_utils.reached_preemption_sync_point(dispatch)
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def _store():
@@ -204,14 +213,15 @@ def fail(status: int, line: str) -> int:
     """
     if _failing.is_set():  # what failed here is that another process has
         return status
-    if not jax.distributed.is_initialized() or is_alone():
+    if not is_joined():
         print(line, file=sys.stderr)
         return status
     _failing.set()
     try:
         _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line]))
-    except jax.errors.JaxRuntimeError:  # another was first
-        return status
+    except jax.errors.JaxRuntimeError as error:
+        if 'ALREADY_EXISTS' in str(error):  # another was first
+            return status
     print(line if is_first() else f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
     return status
 
@@ -231,5 +241,7 @@ def _watch() -> None:
     _failing.set()
     if is_first():
         print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
-    jax.distributed.shutdown()
-    os._exit(status)
+    try:
+        jax.distributed.shutdown()
+    finally:
+        os._exit(status)

@@ -215,14 +215,14 @@ def _tfds_source(dataset, seed: int) -> Source:
         tf = tensorflow()
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder(name, data_dir=data_dir)
-
         def prepare():
+            builder = tfds.builder(name, data_dir=data_dir)
             if not builder.is_prepared():
                 _download(builder, name, data_dir, given=bool(dataset.data_dir))
 
         distributed.from_first(prepare)  # on a shared disk it is there for all then
         prepare()
+        builder = tfds.builder(name, data_dir=data_dir)
         parts = tfds.as_numpy(builder.as_dataset(split=split, batch_size=1000, shuffle_files=False))
         try:
             parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]

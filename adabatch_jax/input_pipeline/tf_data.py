@@ -6,7 +6,7 @@ import numpy as np
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.input_pipeline.datasets import as_numpy_iterator, num_cores, tensorflow
+from adabatch_jax.input_pipeline.datasets import as_numpy_iterator, tensorflow
 from adabatch_jax.input_pipeline.in_memory import Batch, InMemory
 
 tf = tensorflow()
@@ -60,7 +60,7 @@ class TfDataPipeline(InMemory):
         )
         dataset = (
             tf.data.Dataset.from_generator(draws, output_signature=signature)
-            .map(self._images_of, num_parallel_calls=num_cores(), deterministic=True)
+            .map(self._images_of, num_parallel_calls=2, deterministic=True)
             .prefetch(2)
         )
         return as_numpy_iterator(dataset)
