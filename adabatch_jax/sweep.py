@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import ml_collections
 
-from adabatch_jax import distributed, report
+from adabatch_jax import distributed, pages, report
 from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
 from adabatch_jax.experiment import describe
 
@@ -110,7 +110,7 @@ def run(
         worst = max(worst, status)
     page = report.page([str(directory / name) for name in runs])
     with user_errors('workdir'):
-        report.write(page, 'html', directory / 'report.html')
+        pages.write(page, 'html', directory / 'report.html')
     if not quiet:
         print('\n'.join([*page.notes, f'{directory / "report.html"}: {len(runs)} runs compared']))
     return worst

@@ -23,10 +23,11 @@ ALLOWED = {
     'distributed': set(),
     'config': set(),
     'figures': set(),
-    'sweep': {'config', 'distributed', 'experiment', 'report'},
+    'sweep': {'config', 'distributed', 'experiment', 'pages', 'report'},
     'progress': {'scaling', 'schedules', 'terminal'},
     'comparison': {'config', 'metrics'},
-    'report': {'command_line', 'comparison', 'config', 'figures'},
+    'pages': {'figures'},
+    'report': {'command_line', 'comparison', 'config', 'figures', 'pages'},
     'policies': {'scaling', 'schedules'},
     'scaling': {'schedules'},
     'timing': {

@@ -1,0 +1,138 @@
+"""How a report looks: one HTML page, Markdown, or pictures."""
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from adabatch_jax import figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table with a title, and a sentence below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a report says.
+
+    Attributes:
+      tables: in order; figures come after the first.
+      drawn: figures by the names of their files.
+      notes: what could not be read, and which runs are not finished.
+    """
+
+    tables: list[Table]
+    drawn: dict[str, Any]
+    notes: list[str]
+
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  max-width: 1280px; padding: 1rem; }
+h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); }
+figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; min-width: 4rem; }
+th:first-child, td:first-child { text-align: left; }
+th.text, td.text { text-align: left; white-space: normal; min-width: 18rem; }
+p.note, ul.notes { color: #555; font-size: .9rem; max-width: 60rem; }
+"""
+
+
+def as_html(page: Page) -> str:
+    """One page that needs nothing else."""
+    parts = []
+    for number_, table in enumerate(page.tables):
+        parts.append(html_table(table))
+        if number_ == 0:
+            drawn = (
+                f'<figure role="img" aria-label="{html.escape(name.replace("_", " "))}">'
+                f'{figures.svg(figure)}</figure>'
+                for name, figure in page.drawn.items()
+            )
+            parts.append(f'<div class="figures">{"".join(drawn)}</div>')
+    if page.notes:
+        items = ''.join(f'<li>{html.escape(line)}</li>' for line in page.notes)
+        parts.append(f'<h2>Notes</h2><ul class="notes">{items}</ul>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>Runs compared</title><style>{_CSS}</style></head><body><h1>Runs compared</h1>'
+        f'{"".join(parts)}</body></html>\n'
+    )
+
+
+def html_table(table: Table) -> str:
+    """A table as an element of a page."""
+    head = ''.join(
+        f'<th scope="col"{" class=text" if column == "reason" else ""}>{html.escape(column)}</th>'
+        for column in table.columns
+    )
+    text = [column == 'reason' for column in table.columns]
+    body = ''.join(
+        '<tr>'
+        + ''.join(
+            f'<td{" class=text" if is_text else ""}>{html.escape(cell)}</td>'
+            for cell, is_text in zip(row, text, strict=True)
+        )
+        + '</tr>'
+        for row in table.rows
+    )
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
+    return (
+        f'<h2>{html.escape(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div>{note}'
+    )
+
+
+def as_markdown(page: Page, folder: str) -> str:
+    """The same in Markdown, with figures from a folder beside the file."""
+
+    def cell(text: str) -> str:
+        return text.replace('|', '\\|')
+
+    parts = ['# Runs compared']
+    for number_, table in enumerate(page.tables):
+        rows = [table.columns, ['---'] * len(table.columns), *table.rows]
+        lines = ('| ' + ' | '.join(map(cell, row)) + ' |' for row in rows)
+        parts += [f'## {table.title}', '\n'.join(lines), table.note]
+        if number_ == 0:
+            parts += [f'![{name.replace("_", " ")}]({folder}/{name}.png)' for name in page.drawn]
+    if page.notes:
+        parts += ['## Notes', '\n'.join(f'- {line}' for line in page.notes)]
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def write(page: Page, form: str, out: pathlib.Path) -> None:
+    """Writes a report.
+
+    Args:
+      page: what it says.
+      form: ``html``, ``md`` or ``png``.
+      out: a file, or for ``png`` a folder.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if form == 'html':
+        out.write_text(as_html(page), encoding='utf-8')
+        return
+    folder = out if form == 'png' else out.with_name(f'{out.stem}_figures')
+    if form == 'md':
+        out.write_text(as_markdown(page, folder.name), encoding='utf-8')
+    folder.mkdir(exist_ok=True)
+    for name, figure in page.drawn.items():
+        figures.save(figure, folder / f'{name}.png')
