@@ -79,7 +79,8 @@ def test_report_commands_parse():
 
 
 def test_files_that_are_named_are_there():
-    named = re.findall(r'\]\(([^):]+)\)', README)
+    named = re.findall(r'\]\(([^):#]+)\)|src="([^"]+)"', README)
+    named = [link or source for link, source in named]
     assert named and all((ROOT / name).exists() for name in named)
 
 
