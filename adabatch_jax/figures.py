@@ -11,13 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 SUFFIXES = ('.png', '.svg', '.pdf')
-STYLES = {
-    'fixed': {'color': '#0072B2', 'marker': 'o'},
-    'adaptive': {'color': '#D55E00', 'marker': 's'},
-    'worthwhile': {'color': '#009E73', 'marker': '^', 'linestyle': '--'},
-}
-
-
 # For any number of groups, in their order.
 _COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _MARKERS, _LINES = 'os^Dv<>', ('-', '--', ':')
@@ -117,8 +110,9 @@ def scaling(rows: list[dict[str, float]]) -> Any:
         'adaptive': 'adaptive batch',
         'worthwhile': 'adaptive, devices that pay off',
     }
-    for name, label in labels.items():
-        axes.plot(devices, [first / row[name] for row in rows], label=label, **STYLES[name])
+    for number, (name, label) in enumerate(labels.items()):
+        look = style(number) | ({'linestyle': '--'} if name == 'worthwhile' else {})
+        axes.plot(devices, [first / row[name] for row in rows], label=label, **look)
     axes.plot(devices, devices, color='0.6', linestyle=':', label='as many times as devices')
     axes.set(
         xlabel='devices',

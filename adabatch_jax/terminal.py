@@ -180,12 +180,11 @@ def print_worthwhile(plan: Plan, model: Model) -> None:
         f'images/s on {num_devices:,}', 'time', 'device hours',
     )  # fmt: skip
     for stage in plan.stages:
-        cells = []
-        for count in (model.worthwhile(stage.batch_size, num_devices), num_devices):
+        paying, cells = model.worthwhile(stage.batch_size, num_devices), []
+        for count in (paying, num_devices):
             seconds = model.update(stage.batch_size, count)
             hours = stage.num_updates * seconds / 3600
             cells += [f'{stage.batch_size / seconds:,.0f}', f'{hours:,.3g} h', f'{count * hours:,.3g}']
-        paying = model.worthwhile(stage.batch_size, num_devices)
         table.add_row(str(stage.index), f'{stage.batch_size:,}', f'{paying:,}', *cells)
     _print(table)
     _print(

@@ -68,12 +68,7 @@ def join(
         return
     if not some and xla_bridge.backends_are_initialized():
         return  # a notebook, which has been using JAX by itself
-    at = f' at {coordinator_address}' if coordinator_address else ''
-    waiting = threading.Timer(
-        _PATIENCE_SECONDS, print, [f'waiting for the other processes{at}'], {'file': sys.stderr}
-    )
-    waiting.daemon = True
-    waiting.start()
+    waiting = _say_later(coordinator_address)
     try:
         jax.distributed.initialize(
             **given,
@@ -99,6 +94,16 @@ def join(
     if jax.process_count() > 1:
         _joined.set()
         threading.Thread(target=_watch, name='watch', daemon=True).start()
+
+
+def _say_later(coordinator_address: str | None) -> threading.Timer:
+    """Will tell who waits for processes that have not begun."""
+    at = f' at {coordinator_address}' if coordinator_address else ''
+    line = f'waiting for the other processes{at}'
+    timer = threading.Timer(_PATIENCE_SECONDS, print, [line], {'file': sys.stderr})
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _check(coordinator_address, num_processes, process_id) -> None:
