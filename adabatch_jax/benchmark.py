@@ -48,7 +48,7 @@ from adabatch_jax import (
     train_state,
 )
 from adabatch_jax.config import ConfigError, resolve, user_errors
-from adabatch_jax.experiment import Experiment, describe
+from adabatch_jax.experiment import Experiment, describe, fixed
 from adabatch_jax.host_state import OVERHEADS
 from adabatch_jax.timing import Measured
 
@@ -91,10 +91,7 @@ def predicted_seconds(plan: schedules.Plan, measured: list[Measured]) -> float |
 
 def control(config) -> schedules.Plan:
     """The plan of a config's control: its first batch size throughout."""
-    control = config.copy_and_resolve_references()
-    control.batch.base_size = train.plan(config).stages[0].batch_size
-    control.batch.policy = 'fixed'
-    return train.plan(control)
+    return train.plan(fixed(config, train.plan(config).stages[0].batch_size))
 
 
 def prediction(config, experiment: Experiment, measured: list[Measured]) -> dict[str, Any]:

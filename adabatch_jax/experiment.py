@@ -196,6 +196,13 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
     return Experiment(config, *parts)
 
 
+def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.ConfigDict:
+    """The config with one batch size throughout: with a run's first one its control."""
+    config = config.copy_and_resolve_references()
+    config.batch.policy, config.batch.base_size = 'fixed', batch_size
+    return config
+
+
 def _plan(
     clock, policy, learning_rate, max_per_device, microbatch_multiple, num_devices
 ) -> schedules.Plan:

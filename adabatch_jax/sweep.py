@@ -17,7 +17,7 @@ import ml_collections
 
 from adabatch_jax import distributed, pages, report
 from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
-from adabatch_jax.experiment import describe
+from adabatch_jax.experiment import describe, fixed
 
 # The first batch size throughout, the largest throughout, and what the config says.
 FIXED_SMALL, FIXED_LARGE, ADAPTIVE = POLICIES = ('fixed_small', 'fixed_large', 'adaptive')
@@ -58,11 +58,11 @@ def configs(
             run.seed = seed
             run.learning_rate.coupling = adaptive.learning_rate.coupling
             if name == FIXED_SMALL:
-                run.batch.base_size = adaptive.plan.stages[0].batch_size
-            if name == FIXED_LARGE:
-                run.batch.base_size = adaptive.plan.ladder[-1]
-            if name != ADAPTIVE:
-                run.batch.policy = 'fixed' if name in POLICIES else name
+                run = fixed(run, adaptive.plan.stages[0].batch_size)
+            elif name == FIXED_LARGE:
+                run = fixed(run, adaptive.plan.ladder[-1])
+            elif name != ADAPTIVE:
+                run.batch.policy = name
             describe(resolve(run))
             found[f'{name}-{seed}'] = run
     return found
