@@ -43,6 +43,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters stay float32
     # Statistics over: local (a device's microbatch), sync (all devices') or ghost:N (N examples).
     model.batch_norm = 'local'
+    model.loss = 'cross_entropy'  # cross_entropy, squared or hinge; see adabatch_jax.losses
     model.shortcut = 'projection'  # CIFAR ResNets: projection or identity
     model.zero_init_residual = False  # ImageNet ResNets: the last scale of every block starts at 0
 
@@ -145,6 +146,17 @@ def default_config() -> ml_collections.ConfigDict:
     divergence.rate_factor = 0.5  # fall_back: ratio of the effective rate, each time
     divergence.max_fall_backs = 3  # fall_back: times in a run; with the next the run stops
 
+    # What --mode=analyze measures of each checkpoint, on the first examples of the training split.
+    config.analysis = analysis = ml_collections.ConfigDict()
+    analysis.num_examples = 2000
+    analysis.batch_size = 250  # examples at once
+    analysis.epsilons = (1e-3, 5e-4)  # of sharpness; see adabatch_jax.sharpness
+    analysis.iterations = 10  # of L-BFGS-B
+    analysis.subspace = 100  # dimensions of the random subspace; 0: the whole space only
+    analysis.lanczos_steps = 20  # products with the Hessian, and with the Gauss-Newton matrix; 0: none
+    analysis.eigenvalues = 5  # to write, of each
+    analysis.trace_samples = 10  # products for the trace of the Hessian; 0: none
+
     config.compile = compile_ = ml_collections.ConfigDict()
     compile_.precompile = True  # compile later stages in the background
     # Updates that one call of a compiled step makes, with pipeline device and a policy that plans; 0: on
@@ -167,6 +179,7 @@ RUNTIME_KEYS = (
     'dataset.pipeline',
     'dataset.eval_batch_size',
     'checkpoint_every_epochs',
+    *(f'analysis.{key}' for key in default_config().analysis),
 )
 
 # Sections and keys that a run may be continued with other values of, where that is asked for.
@@ -179,6 +192,10 @@ _POSITIVE = (
     'log_every_steps',
     'dataset.eval_batch_size',
     'dataset.num_examples',
+    'analysis.num_examples',
+    'analysis.batch_size',
+    'analysis.iterations',
+    'analysis.eigenvalues',
     'batch.base_size',
     'batch.growth_epochs',
     'batch.patience_epochs',
@@ -205,6 +222,9 @@ _NOT_NEGATIVE = (
     'batch.max_size',
     'batch.max_per_device',
     'compile.updates_per_dispatch',
+    'analysis.subspace',
+    'analysis.lanczos_steps',
+    'analysis.trace_samples',
     'batch.min_improvement',
     'batch.critical_batch.tolerance',
     'batch.statistics.min_size',
@@ -224,6 +244,7 @@ _NOT_NEGATIVE = (
 )
 _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor')
 _CHOICES = {
+    'model.loss': ('cross_entropy', 'squared', 'hinge'),
     'model.dtype': ('float32', 'bfloat16'),
     'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
@@ -266,6 +287,10 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
             raise ConfigError(
                 f'config.learning_rate.decay_at_epochs: got {epoch!r}; accepted: positive numbers'
             )
+
+    for epsilon in given['analysis.epsilons']:
+        if not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
+            raise ConfigError(f'config.analysis.epsilons: got {epsilon!r}; accepted: positive numbers')
 
     def check(keys, accepted, is_good):
         for key in keys:

@@ -44,10 +44,9 @@ class Experiment:
         if self.config.learning_rate.rule != 'schedule' or self.load:
             fit = num_microbatches
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
-        return steps.StepSpec(
-            *self._step_basis,
-            batch_size,
-            num_microbatches,
+        return self._step(
+            batch_size=batch_size,
+            num_microbatches=num_microbatches,
             num_parts=num_microbatches // in_part,
             skip_non_finite=self.config.divergence.action == 'skip',
             statistics=self.policy.statistics,
@@ -136,13 +135,18 @@ class Experiment:
         devices = self.plan.num_devices
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
-        return steps.StepSpec(*self._step_basis, size, train=False)
+        return self._step(batch_size=size, train=False)
 
-    @property
-    def _step_basis(self) -> tuple:
-        """What the steps of all batch sizes have in common."""
-        normalize = steps.Normalize(self.info.mean, self.info.std)
-        return self.model, self.optimizer, normalize, self.info.image_shape
+    def _step(self, **of_batch_size: Any) -> steps.StepSpec:
+        """What the steps of all batch sizes have in common, and what is of one."""
+        return steps.StepSpec(
+            self.model,
+            self.optimizer,
+            steps.Normalize(self.info.mean, self.info.std),
+            self.info.image_shape,
+            loss=self.config.model.loss,
+            **of_batch_size,
+        )
 
 
 def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = None) -> Experiment:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from absl import flags
 
 from adabatch_jax import (
+    analysis,
     command_line,
     comparison,
     distributed,
@@ -44,9 +45,9 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         'mode',
         'train',
-        ['train', 'eval', 'plan'],
+        ['train', 'eval', 'plan', 'analyze'],
         'train: train, or continue what the work directory holds; eval: evaluate a checkpoint; '
-        'plan: print every stage and exit.',
+        'analyze: sharpness and curvature at every checkpoint; plan: print every stage and exit.',
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -57,7 +58,11 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_enum(
-        'checkpoint', 'latest', ['latest', 'best'], 'Which one to evaluate.', flag_values=values
+        'checkpoint',
+        None,
+        ['latest', 'best'],
+        'Which one to evaluate or to analyze; where left out the latest, and all.',
+        flag_values=values,
     )
     flags.DEFINE_integer(
         'devices',
@@ -103,9 +108,18 @@ def run(values: flags.FlagValues) -> int:
         print_plan(values.config, values.devices, values.benchmark)
         return 0
     if values.mode == 'eval':
-        config = distributed.from_first(lambda: evaluated_config(values.config, values.workdir))
-        result = evaluate.evaluate_checkpoint(resolve(config), values.workdir, values.checkpoint)
+        config = distributed.from_first(
+            lambda: config_of_run(values.config, values.workdir, ('dataset.eval_split',))
+        )
+        result = evaluate.evaluate_checkpoint(
+            resolve(config), values.workdir, values.checkpoint or 'latest'
+        )
         terminal.print_evaluation(result)
+        return 0
+    if values.mode == 'analyze':
+        distributed.from_first(
+            lambda: analyze(values.config, values.workdir, values.checkpoint or 'all')
+        )
         return 0
     if values.sweep:
         directory, seeds = pathlib.Path(values.workdir), values.seeds or [values.config.seed]
@@ -138,7 +152,7 @@ def check(values: flags.FlagValues) -> None:
         refuse('seeds', 'whole numbers, separated by commas')
     if values.mode != 'plan' and not values.workdir:
         raise ConfigError('--workdir: missing; give the directory of the run')
-    if values.config is None and values.mode != 'eval':
+    if values.config is None and values.mode not in ('eval', 'analyze'):
         raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
 
 
@@ -177,13 +191,20 @@ def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
         )
 
 
-def evaluated_config(config, directory: str):
+def config_of_run(config, directory: str, may_differ: tuple[str, ...] = ()):
     """The config of the run in a work directory; as it was given, where it is of the same run."""
     if config is None:
         return workdir.read_config(directory)
     with user_errors('workdir'):
-        workdir.check(resolve(config), pathlib.Path(directory), may_differ=('dataset.eval_split',))
+        workdir.check(resolve(config), pathlib.Path(directory), may_differ)
     return config
+
+
+def analyze(config, directory: str, which: str) -> None:
+    """Analyzes checkpoints of a run, and prints what was found."""
+    config = resolve(config_of_run(config, directory))
+    terminal.print_analysis(analysis.analyze(config, directory, which))
+    terminal.say(f'written to {pathlib.Path(directory, analysis.FILE)}')
 
 
 @contextlib.contextmanager

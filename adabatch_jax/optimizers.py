@@ -16,6 +16,13 @@ def is_kernel(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
 
 
+def penalty(params: Any, weight_decay: float, decayed: str) -> jax.Array:
+    """``wd / 2 |w|^2`` over the parameters that are decayed: what weight decay adds to the loss."""
+    chosen = is_kernel(params) if decayed == 'kernels' else jax.tree.map(lambda _: True, params)
+    squares = jax.tree.map(lambda w, d: jnp.sum(jnp.square(w)) if d else 0.0, params, chosen)
+    return weight_decay / 2 * sum(jax.tree.leaves(squares))
+
+
 def scale_by_lars(
     learning_rate: jax.Array, trust_coefficient: float, weight_decay: float, eps: float
 ) -> optax.GradientTransformation:

@@ -213,3 +213,39 @@ def print_evaluation(result: dict[str, Any]) -> None:
         f'{result["loss"]:.4f}, accuracy {result["accuracy"]:.2%} of {result["num_examples"]:,} '
         'examples'
     )
+
+
+def print_analysis(records: list[dict[str, Any]]) -> None:
+    """Prints what an analysis found at each checkpoint; see ``analysis.analyze``."""
+    found = [(f'update {r["step"]:,}', r) for r in records]
+    table = _table(
+        f'Minima, on {records[0]["num_examples"]:,} training examples', '', *(n for n, _ in found)
+    )
+    rows = [('epoch', [f'{r["epoch"]:.4g}' for _, r in found])]
+    rows += [
+        (name, [f'{r[key]:.4g}' for _, r in found])
+        for name, key in (('loss', 'loss'), ('norm of the gradient', 'gradient_norm'))
+    ]
+    for k, first in enumerate(records[0]['sharpness']):
+        name = f'sharpness, epsilon {first["epsilon"]:g}, {first["dimensions"]:,} dimensions'
+        rows.append((name, [f'{r["sharpness"][k]["value"]:.4g}' for _, r in found]))
+    for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
+        for k, _ in enumerate(records[0].get(f'{key}_eigenvalues', ())):
+            rows.append(
+                (
+                    f'{name}, eigenvalue {k + 1}',
+                    [
+                        f'{r[f"{key}_eigenvalues"][k]:.4g} +- {r[f"{key}_residuals"][k]:.1g}'
+                        for _, r in found
+                    ],
+                )
+            )
+    if 'hessian_trace' in records[0]:
+        values = [f'{r["hessian_trace"]:.4g} +- {r["hessian_trace_error"]:.2g}' for _, r in found]
+        rows.append(('Hessian, trace', values))
+    if 'optimum' in records[0]:
+        rows.append(('least objective', [f'{r["optimum"]:.9g}' for _, r in found]))
+    for name, values in rows:
+        table.add_row(name, *values)
+    table.columns[0].justify = 'left'
+    _print(table)

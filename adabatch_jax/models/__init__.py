@@ -9,12 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 
-from adabatch_jax.models import alexnet, cnn, resnet, resnet_cifar, vgg
+from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, vgg
 from adabatch_jax.models.layers import check_batch_norm
 
 __all__ = ['MODELS', 'check_batch_norm', 'get_model']
 
 MODELS = {
+    'linear': linear.Linear,
     'cnn': cnn.CNN,
     'alexnet_cifar': alexnet.AlexNetCifar,
     'alexnet': alexnet.AlexNet,

@@ -183,18 +183,24 @@ def _dense(x, kernel, pads):
     return y.reshape(groups, -1, columns, examples, features)[:, :out]
 
 
-def _forward(x, kernel, pads):
+def _turned(kernel, pads):
+    """Kernel and padding of the convolution that takes a gradient back to the images."""
+    opposite = tuple(tuple(k - 1 - p for p in pad) for k, pad in zip(kernel.shape, pads, strict=False))
+    return jnp.swapaxes(kernel[::-1, ::-1], 2, 3), opposite
+
+
+def _dense_forward(x, kernel, pads):
     return _dense(x, kernel, pads), (x, kernel)
 
 
-def _backward(pads, residuals, dy):
+def _dense_backward(pads, residuals, dy):
     x, kernel = residuals
-    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    opposite = tuple(tuple(k - 1 - p for p in pad) for k, pad in zip(kernel.shape, pads, strict=False))
-    return _dense(dy, turned, opposite), _kernel_gradient(x, kernel, pads, dy)
+    of_kernel = _kernel_gradient(x, dy, kernel.shape, pads).astype(kernel.dtype)
+    return _convolve_dense(dy, *_turned(kernel, pads)), of_kernel
 
 
-def _kernel_gradient(x, kernel, pads, dy):
+def _in_chunks(x, dy, shape, pads):
+    """The gradient of a kernel of some shape, in float32."""
     groups, height, width, examples, channels = x.shape
 
     def of(x, dy):
@@ -209,12 +215,12 @@ def _kernel_gradient(x, kernel, pads, dy):
             dimension_numbers=_LAYOUT,
             preferred_element_type=jnp.float32,
         )
-        return result.reshape(kernel.shape)
+        return result.reshape(shape)
 
     of_example = max(x.size, dy.size) // (groups * examples)
     chunk = max(1, min(64, _CHUNK_ACTIVATIONS // of_example) // examples)
     whole = groups // chunk * chunk
-    total = jnp.zeros(kernel.shape, jnp.float32)
+    total = jnp.zeros(shape, jnp.float32)
     if whole:
 
         def add(total, k):
@@ -225,8 +231,22 @@ def _kernel_gradient(x, kernel, pads, dy):
         total, _ = lax.scan(add, total, jnp.arange(whole // chunk), unroll=2)
     if whole < groups:
         total = total + of(x[whole:], dy[whole:])
-    return total.astype(kernel.dtype)
+    return total
 
 
+def _in_chunks_forward(x, dy, shape, pads):
+    return _in_chunks(x, dy, shape, pads), (x, dy)
+
+
+def _in_chunks_backward(shape, pads, residuals, change):
+    x, dy = residuals
+    change = change.astype(x.dtype)
+    return _convolve_dense(dy, *_turned(change, pads)), _convolve_dense(x, change, pads)
+
+
+# Both are linear in each argument, and the derivatives of the one are made of the other, so that
+# derivatives of any order (curvature.py) are as fast as the first.
 _convolve_dense = jax.custom_vjp(_dense, nondiff_argnums=(2,))
-_convolve_dense.defvjp(_forward, _backward)
+_convolve_dense.defvjp(_dense_forward, _dense_backward)
+_kernel_gradient = jax.custom_vjp(_in_chunks, nondiff_argnums=(2, 3))
+_kernel_gradient.defvjp(_in_chunks_forward, _in_chunks_backward)

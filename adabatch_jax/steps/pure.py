@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adabatch_jax import gradient_statistics, line_search
+from adabatch_jax import gradient_statistics, line_search, losses
 from adabatch_jax.train_state import TrainState
 
 AXIS_NAME = 'batch'  # of the mapped devices
@@ -60,6 +60,7 @@ class StepSpec:
       load: where the data set lives on the devices, what makes images and labels of it there; see
         ``input_pipeline.device.Load``. None where batches come with their images.
       num_updates: updates that one call of a train step makes, one after the other.
+      loss: one of ``losses.LOSSES``.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class StepSpec:
     fraction: float = 0.0
     load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
     num_updates: int = 1
+    loss: str = 'cross_entropy'
 
     @property
     def num_groups(self) -> int:
@@ -87,11 +89,11 @@ class StepSpec:
         return few if few > 1 else n
 
 
-def _sums(logits, labels, mask):
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+def _sums(spec, logits, labels, mask):
+    of_examples = losses.of_examples(spec.loss, logits, labels)
     correct = jnp.argmax(logits, axis=-1) == labels
     return {
-        'loss': jnp.sum(losses * mask),
+        'loss': jnp.sum(of_examples * mask),
         'correct': jnp.sum(correct * mask),
         'count': jnp.sum(mask),
     }
@@ -229,7 +231,7 @@ def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callabl
             mutable=['batch_stats'],
             rngs={'dropout': jax.random.fold_in(device_key, index)},
         )
-        sums = _sums(logits, labels, (labels >= 0).astype(jnp.float32))
+        sums = _sums(spec, logits, labels, (labels >= 0).astype(jnp.float32))
         return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
 
     return loss
@@ -240,8 +242,8 @@ def batch_loss(spec: StepSpec, state: TrainState, batch: Batch, params: Any = No
     loss = _microbatch_loss(spec, state, batch)
     params = state.params if params is None else params
     microbatches = _microbatches(spec, batch, jnp.int32(0))
-    losses = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
-    return lax.pmean(jnp.mean(losses), AXIS_NAME)
+    means = lax.map(lambda microbatch: loss(params, microbatch)[0], microbatches)
+    return lax.pmean(jnp.mean(means), AXIS_NAME)
 
 
 def batch_gradient(spec: StepSpec, state: TrainState, batch: Batch) -> Any:
@@ -361,4 +363,4 @@ def _all_finite(tree: Any) -> jax.Array:
 def eval_step(spec: StepSpec, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
     """Sums of ``loss``, ``correct`` and ``count`` over the examples whose ``mask`` is 1."""
     logits = spec.model.apply(variables, spec.normalize(batch['image']), train=False)
-    return lax.psum(_sums(logits, batch['label'], batch['mask']), AXIS_NAME)
+    return lax.psum(_sums(spec, logits, batch['label'], batch['mask']), AXIS_NAME)

@@ -1,0 +1,236 @@
+"""What the checkpoints of a run say of the minimum that it found: sharpness and curvature.
+
+All of it on one fixed subset of the training split, without augmentation, with running BatchNorm
+statistics and without dropout, on the first device, in float32, with losses and gradients added up in
+float64.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from adabatch_jax import (
+    checkpoint,
+    curvature,
+    input_pipeline,
+    losses,
+    optimizers,
+    sharpness,
+    train_state,
+)
+from adabatch_jax.config import ConfigError, user_errors
+from adabatch_jax.experiment import Experiment, describe
+
+FILE = 'analysis.jsonl'  # in a work directory
+
+
+class Loss:
+    """The mean loss over fixed examples as a function of the parameters, and its derivatives.
+
+    Args:
+      experiment: of the run.
+      batch_stats: the running statistics to use throughout.
+      images: uint8 ``[n, height, width, channels]``.
+      labels: int32 ``[n]``.
+      batch_size: examples at once.
+    """
+
+    def __init__(self, experiment: Experiment, batch_stats: Any, images, labels, batch_size: int):
+        self._count, size = len(labels), min(batch_size, len(labels))
+        missing = -len(labels) % size
+        images = np.concatenate([images, images[:missing]]).reshape(-1, size, *images.shape[1:])
+        labels = np.concatenate([labels, np.full(missing, -1, np.int32)]).reshape(-1, size)
+        self._batches = [tuple(map(jnp.asarray, batch)) for batch in zip(images, labels, strict=True)]
+        spec = experiment.eval_spec
+
+        def outputs(images, params):
+            variables = {'params': params, 'batch_stats': batch_stats}
+            return spec.model.apply(variables, spec.normalize(images), train=False)
+
+        def of_outputs(labels, logits):
+            return jnp.sum(losses.of_examples(spec.loss, logits, labels) * (labels >= 0))
+
+        def total(images, labels, params):
+            return of_outputs(labels, outputs(images, params))
+
+        def gauss_newton(images, labels, params, vector):
+            z, loss = functools.partial(outputs, images), functools.partial(of_outputs, labels)
+            return curvature.gauss_newton_product(z, loss, params, vector)
+
+        def hessian(images, labels, params, vector):
+            loss = functools.partial(total, images, labels)
+            return curvature.hessian_product(loss, params, vector)
+
+        self._value_and_grad = jax.jit(jax.value_and_grad(total, argnums=2))
+        self._hessian, self._gauss_newton = jax.jit(hessian), jax.jit(gauss_newton)
+
+    def _mean(self, function, *args):
+        """Of a function of a batch that gives sums, in float64."""
+        with jax.default_matmul_precision('highest'):
+            parts = [jax.device_get(function(*batch, *args)) for batch in self._batches]
+        sums = jax.tree.map(lambda *x: np.sum(np.stack(x), 0, dtype=np.float64), *parts)
+        return jax.tree.map(lambda x: x / self._count, sums)
+
+    def value_and_grad(self, params: Any) -> tuple[float, Any]:
+        """The loss, and a pytree of float64 arrays."""
+        return self._mean(self._value_and_grad, params)
+
+    def hessian_product(self, params: Any, vector: Any) -> Any:
+        """``H v``, a pytree of float64 arrays."""
+        return self._mean(self._hessian, params, vector)
+
+    def gauss_newton_product(self, params: Any, vector: Any) -> Any:
+        """``J' H_z J v``, a pytree of float64 arrays."""
+        return self._mean(self._gauss_newton, params, vector)
+
+
+def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict[str, Any]]:
+    """Analyzes checkpoints of a work directory, and writes ``analysis.jsonl`` there.
+
+    Args:
+      config: the resolved config of the run; ``config.analysis`` says what to measure.
+      workdir: the run's work directory.
+      which: ``'all'``, ``'latest'`` or ``'best'``.
+
+    Returns:
+      The records, from the oldest checkpoint to the latest.
+
+    Raises:
+      ConfigError: no run there, or no data.
+    """
+    workdir, experiment = pathlib.Path(workdir), describe(config)
+    folder = workdir / checkpoint.FOLDER
+    steps, best = checkpoint.steps(folder), checkpoint.best_step(folder)
+    if which != 'all':
+        steps = [step for step in (best if which == 'best' else max(steps, default=None),) if step]
+    if not steps:
+        raise ConfigError(f'workdir: no {"evaluated " * (which == "best")}checkpoint in {str(folder)!r}')
+    with user_errors('config.dataset'):
+        images, labels = fixed_examples(experiment, config.analysis.num_examples)
+    target = train_state.create(
+        experiment.model,
+        experiment.optimizer,
+        experiment.info.image_shape,
+    )
+    records = []
+    for step in steps:
+        with user_errors('workdir'):
+            state, host = checkpoint.restore(folder, step, target)
+        began = time.perf_counter()
+        loss = Loss(experiment, state.batch_stats, images, labels, config.analysis.batch_size)
+        records.append(
+            {
+                'kind': 'analysis',
+                'step': step,
+                'epoch': experiment.clock.epoch(int(state.examples_seen)),
+                'examples_seen': int(state.examples_seen),
+                'batch_size': host['batch_size'],
+                'num_examples': len(labels),
+                **measure(loss, state.params, config.analysis),
+                'seconds': time.perf_counter() - began,
+            }
+        )
+    if config.model.name == 'linear':
+        with user_errors('config.dataset'):
+            optimum = minimum(experiment, *fixed_examples(experiment, experiment.info.num_train))
+        records = [record | {'optimum': optimum} for record in records]
+    with user_errors('workdir'):
+        temporary = workdir / f'.{FILE}'
+        temporary.write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+        temporary.replace(workdir / FILE)
+    return records
+
+
+def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a random part of the training split, the same for every seed of a run."""
+    config, n = experiment.config, experiment.info.num_train
+    count = min(count, n)
+    if not experiment.info.is_encoded:
+        images, labels = input_pipeline.load_split(
+            config.dataset, config.dataset.train_split, config.seed
+        )
+        chosen = np.random.default_rng(0).permutation(n)[:count]
+        return images[chosen], labels[chosen]
+    config = config.copy_and_resolve_references().unlock()
+    config.seed, config.dataset.augment = 0, 'none'
+    pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
+    with contextlib.closing(pipeline):
+        batches = itertools.islice(pipeline.train_batches(0, 1), count)
+        images, labels = zip(*((b['image'][0], b['label'][0]) for b in batches), strict=True)
+    return np.stack(images), np.stack(labels)
+
+
+def measure(loss: Loss, params: Any, options) -> dict[str, Any]:
+    """Sharpness and curvature at a point, as ``config.analysis`` says; fields of a record."""
+    value, grads = loss.value_and_grad(params)
+    found: dict[str, Any] = {
+        'loss': float(value),
+        'gradient_norm': float(np.linalg.norm(ravel_pytree(grads)[0])),
+        'sharpness': [],
+    }
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for epsilon in options.epsilons:
+        for dimensions in sorted({0, min(options.subspace, size)}):
+            result = sharpness.sharpness(
+                loss.value_and_grad, params, epsilon, dimensions, options.iterations
+            )
+            found['sharpness'].append(
+                {'epsilon': epsilon, 'dimensions': dimensions or size, 'value': result}
+            )
+    products = {'hessian': loss.hessian_product, 'gauss_newton': loss.gauss_newton_product}
+    for name, product in products.items():
+        if options.lanczos_steps:
+            at = functools.partial(product, params)
+            eigenvalues = curvature.lanczos(at, params, options.lanczos_steps)
+            shown = slice(options.eigenvalues)
+            found[f'{name}_eigenvalues'] = eigenvalues.values[shown].tolist()
+            found[f'{name}_residuals'] = eigenvalues.residuals[shown].tolist()
+            found[f'{name}_smallest'] = float(eigenvalues.values[-1])
+    if options.trace_samples:
+        trace = curvature.trace(
+            functools.partial(loss.hessian_product, params), params, options.trace_samples
+        )
+        found |= {'hessian_trace': trace.value, 'hessian_trace_error': trace.error}
+    return found
+
+
+def minimum(experiment: Experiment, images: np.ndarray, labels: np.ndarray) -> float:
+    """The least value of a linear model's objective: its mean loss and the term of weight decay.
+
+    By L-BFGS in float64, until the gradient is down to rounding.
+    """
+    from scipy import optimize
+
+    spec, options = experiment.eval_spec, experiment.config.optimizer
+    with jax.enable_x64(True):
+        params = spec.model.init(jax.random.key(0), jnp.zeros((1, *spec.image_shape)), train=False)
+        flat, unravel = ravel_pytree(jax.tree.map(np.float64, params['params']))
+        normalized = np.asarray(spec.normalize(images), np.float64)
+        x = normalized.reshape(len(images), -1)
+
+        @jax.jit
+        def objective(flat, x, labels):
+            layer = unravel(flat)
+            (dense,) = layer.values()
+            values = losses.of_examples(spec.loss, x @ dense['kernel'] + dense['bias'], labels)
+            return jnp.mean(values) + optimizers.penalty(layer, options.weight_decay, options.decayed)
+
+        value_and_grad = jax.jit(jax.value_and_grad(objective))
+        best = optimize.minimize(
+            lambda w: jax.device_get(value_and_grad(w, x, labels)),
+            np.asarray(flat),
+            jac=True,
+            method='L-BFGS-B',
+            options={'maxiter': 100_000, 'maxfun': 200_000, 'gtol': 1e-12, 'ftol': 0.0, 'maxcor': 50},
+        )
+    return float(best.fun)
