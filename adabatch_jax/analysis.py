@@ -26,7 +26,6 @@ from adabatch_jax import (
     losses,
     optimizers,
     sharpness,
-    train_state,
 )
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import Experiment, describe
@@ -117,11 +116,7 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
         raise ConfigError(f'workdir: no {"evaluated " * (which == "best")}checkpoint in {str(folder)!r}')
     with user_errors('config.dataset'):
         images, labels = fixed_examples(experiment, config.analysis.num_examples)
-    target = train_state.create(
-        experiment.model,
-        experiment.optimizer,
-        experiment.info.image_shape,
-    )
+    target = experiment.initial_state()
     records = []
     for step in steps:
         with user_errors('workdir'):

@@ -38,14 +38,12 @@ from adabatch_jax import (
     command_line,
     distributed,
     figures,
-    input_pipeline,
     metrics,
     scaling,
     schedules,
     terminal,
     timing,
     train,
-    train_state,
 )
 from adabatch_jax.config import ConfigError, resolve, user_errors
 from adabatch_jax.experiment import Experiment, describe, fixed
@@ -143,8 +141,7 @@ def scaled(
       experiment: the same.
       result: what was measured, as for the JSON file.
     """
-    shape = (experiment.model, experiment.optimizer, experiment.info.image_shape)
-    params = jax.eval_shape(lambda: train_state.create(*shape)).params
+    params = jax.eval_shape(experiment.initial_state).params
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     between, seconds = network(values, num_bytes)
     found = {
@@ -313,9 +310,7 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
     sizes = batch_sizes(values, described)
     experiment, pipeline = train.fitted(config), None
     if values.input == 'real':
-        parts = (experiment.config, experiment.info, experiment.clock, experiment.load)
-        with user_errors('config.dataset'):
-            pipeline = input_pipeline.create(*parts)
+        pipeline = experiment.open_pipeline()
     measured = timing.measure(experiment, sizes, values.repeats, pipeline)
     relative, predicted = relative_epochs(measured), prediction(config, experiment, measured)
     terminal.print_benchmark(measured, relative, predicted)

@@ -137,6 +137,19 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.beta1 = 0.9  # Adam, LAMB
     optimizer.beta2 = 0.999  # Adam, LAMB
     optimizer.epsilon = 1e-8  # added to denominators
+    optimizer.svrg = svrg = ml_collections.ConfigDict()
+    svrg.snapshot_epochs = 1.0  # epochs between two snapshots
+    svrg.first_size = 0  # examples of the first, rounded up to the ladder; 0: the whole data set
+    svrg.growth_factor = 2.0  # of that size, from one snapshot to the next
+    svrg.error_decay = (
+        0.0  # of the snapshot's error from one to the next, instead of growth_factor; 0: no
+    )
+    svrg.mixed = False  # examples outside of the snapshot's batch count with their gradient alone
+    svrg.skip_zeros = False  # leave out examples whose gradient was 0 several times; for hinge losses
+    optimizer.saga = saga = ml_collections.ConfigDict()
+    saga.first_size = 0  # dynasaga: examples of the first sample; 0: twice the number of features
+    saga.doubling = False  # dynasaga: whether the sample doubles, instead of growing one by one
+    saga.from_zero = False  # memory of an example not seen before: 0, rather than its gradient then
 
     # A loss, gradient or parameter that is not finite: stop; skip the update; or fall_back to the last
     # checkpoint and go on from there with a lower rate.
@@ -212,6 +225,7 @@ _POSITIVE = (
     'learning_rate.decay_factor',
     'learning_rate.power',
     'learning_rate.reference_batch_size',
+    'optimizer.svrg.snapshot_epochs',
 )
 _NOT_NEGATIVE = (
     'seed',
@@ -238,11 +252,13 @@ _NOT_NEGATIVE = (
     'learning_rate.decay_epochs',
     'learning_rate.warmup_epochs',
     'learning_rate.warmup_initial',
+    'optimizer.svrg.first_size',
+    'optimizer.saga.first_size',
     'optimizer.weight_decay',
     'optimizer.trust_coefficient',
     'optimizer.epsilon',
 )
-_ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor')
+_ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor', 'optimizer.svrg.growth_factor')
 _CHOICES = {
     'model.loss': ('cross_entropy', 'squared', 'hinge'),
     'model.dtype': ('float32', 'bfloat16'),
@@ -306,6 +322,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(('divergence.rate_factor',), 'a number above 0, below 1', lambda value: 0 < value < 1)
     check(('batch.simigrad.cosine',), 'a number above 0, below 1', lambda value: 0 < value < 1)
     averages = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2', 'batch.statistics.decay')
+    averages += ('optimizer.svrg.error_decay',)
     check(averages, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
     for key, accepted in _CHOICES.items():

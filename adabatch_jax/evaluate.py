@@ -65,7 +65,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
     compilation_cache.enable(config.compile.cache_dir)
     run = describe(config)
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
-    state = train_state.create(run.model, run.optimizer, run.info.image_shape, config.seed)
+    state = run.initial_state()
 
     def read():
         nonlocal state
@@ -77,9 +77,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
 
     distributed.from_first(read)
     state = distributed.replicate(distributed.share(state))
-    with user_errors('config.dataset'):
-        pipeline = input_pipeline.create(config, run.info, run.clock, run.load)
-    with contextlib.closing(pipeline), user_errors('config.dataset', DATA_ERRORS):
+    with contextlib.closing(run.open_pipeline()) as pipeline, user_errors('config.dataset', DATA_ERRORS):
         result = evaluate(state, run.eval_spec, pipeline)
     epoch = run.clock.epoch(int(state.examples_seen))
     return {

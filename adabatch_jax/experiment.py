@@ -3,16 +3,27 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from adabatch_jax import input_pipeline, models, optimizers, policies, schedules, steps
-from adabatch_jax.config import ConfigError, user_errors
+from adabatch_jax import (
+    input_pipeline,
+    models,
+    optimizers,
+    policies,
+    schedules,
+    steps,
+    train_state,
+    variance_reduction,
+)
+from adabatch_jax.config import ConfigError, flatten, user_errors
 
 # Examples that a dispatch is filled up with on an accelerator, by several updates with small batches.
 DISPATCH_EXAMPLES = 4096
@@ -34,6 +45,19 @@ class Experiment:
     has_batch_norm: bool
     optimizer: optax.GradientTransformation
     load: input_pipeline.Load | None
+    reduction: variance_reduction.Svrg | variance_reduction.Saga | None = None
+    snapshots: variance_reduction.Snapshots | None = None
+    examples_at: Callable | None = None  # the order of examples, if it is not that of epochs
+
+    def initial_state(self) -> train_state.TrainState:
+        """The train state before the first update, on the default device."""
+        shape, seed = self.info.image_shape, self.config.seed
+        return train_state.create(self.model, self.optimizer, shape, seed, self.reduction)
+
+    def open_pipeline(self):
+        """The input pipeline, its data loaded or found; see ``input_pipeline.create``."""
+        with user_errors('config.dataset'):
+            return input_pipeline.create(self.config, self.info, self.clock, self.load, self.examples_at)
 
     def train_spec(self, batch_size: int, num_updates: int = 1) -> steps.StepSpec:
         """The train step of a batch size, for one update or several at once."""
@@ -54,6 +78,7 @@ class Experiment:
             fraction=batch_size / self.info.num_train,
             load=self.load,
             num_updates=num_updates,
+            reduction=self.reduction,
         )
 
     def updates_per_dispatch(self, batch_size: int) -> int:
@@ -70,6 +95,15 @@ class Experiment:
         counts = {1, self.updates_per_dispatch(batch_size)}
         return {count: self.train_spec(batch_size, count) for count in sorted(counts, reverse=True)}
 
+    def snapshot_spec(self, batch_size: int) -> steps.StepSpec:
+        """The step that makes snapshots for variance reduction from parts of a stage's batch size."""
+        return dataclasses.replace(self.train_spec(batch_size), snapshot=True)
+
+    def stage_specs(self, batch_size: int) -> list[steps.StepSpec]:
+        """All steps that a stage trains with."""
+        snapshot = [self.snapshot_spec(batch_size)] if self.snapshots else []
+        return [*snapshot, *self.train_specs(batch_size).values()]
+
     def begin_compiling(self) -> None:
         """Starts to compile what a new run needs first, while its data are read.
 
@@ -77,7 +111,7 @@ class Experiment:
         first stage.
         """
         largest = [] if self.plan.max_per_device else [self.train_spec(self.plan.ladder[-1])]
-        first = self.train_specs(self.policy.transitions[0].batch_size).values()
+        first = self.stage_specs(self.policy.transitions[0].batch_size)
         for spec in (*largest, *first):
             steps.CACHE.precompile(spec)
 
@@ -99,8 +133,13 @@ class Experiment:
             sizes = [size for size in policy.ladder if size > batch_size][:1]
             if policy.may_shrink:
                 sizes += [size for size in policy.ladder if size < batch_size][-1:]
-        specs = (spec for size in sizes for spec in self.train_specs(size).values())
+        specs = (spec for size in sizes for spec in self.stage_specs(size))
         return [self.eval_spec, *specs]
+
+    def divides(self, before: schedules.Update, update: schedules.Update) -> bool:
+        """Whether a snapshot comes between two updates."""
+        number = self.snapshots.number if self.snapshots else lambda _: 0
+        return number(before.start) != number(update.start)
 
     def may_use(self, spec: steps.StepSpec) -> bool:
         """Whether a compiled step belongs to this model and optimizer."""
@@ -123,9 +162,9 @@ class Experiment:
 
     def normalised_over(self, stage: schedules.Stage) -> int:
         """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""
-        if not self.has_batch_norm:
+        policy = self.model.batch_norm
+        if not self.has_batch_norm or policy == 'frozen':
             return 0
-        policy = self.config.model.batch_norm
         devices = self.plan.num_devices if policy == 'sync' else 1
         return models.check_batch_norm(policy) or stage.microbatch_size * devices
 
@@ -193,11 +232,86 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         )
         has_batch_norm = 'batch_stats' in check_images(model, info.image_shape)
     with user_errors('config.optimizer'):
-        optimizer = optimizers.create(**config.optimizer)
+        options = {key: value for key, value in config.optimizer.items() if key not in ('svrg', 'saga')}
+        optimizer = optimizers.create(**options)
+    is_reduced = config.optimizer.name in optimizers.REDUCED
     with user_errors('config.dataset'):
-        load = input_pipeline.load_on_device(config, info)
+        load = input_pipeline.load_on_device(config, info, needed=is_reduced)
     parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load)
-    return Experiment(config, *parts)
+    experiment = Experiment(config, *parts)
+    return _reduced(experiment) if is_reduced else experiment
+
+
+def _reduced(experiment: Experiment) -> Experiment:
+    """With what takes noise out of its gradients, as ``config.optimizer`` says."""
+    config, info, policy = experiment.config, experiment.info, experiment.policy
+    name, svrg, saga = config.optimizer.name, config.optimizer.svrg, config.optimizer.saga
+    if config.learning_rate.rule != 'schedule':
+        raise ConfigError(
+            f'config.learning_rate.rule: got {config.learning_rate.rule!r}; accepted with optimizer '
+            f'{name!r}: schedule'
+        )
+    if name in optimizers.SAGA:
+        for key, accepted in (('model.name', 'linear'), ('dataset.augment', 'none')):
+            if (got := flatten(config)[key]) != accepted:
+                raise ConfigError(
+                    f'config.{key}: got {got!r}; accepted with optimizer {name!r}: {accepted} (it keeps '
+                    'a number of each example and class)'
+                )
+        first = saga.first_size or 2 * math.prod(info.image_shape)
+        first = min(first, info.num_train) if name == 'dynasaga' else info.num_train
+        examples_at = functools.partial(
+            input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
+        )
+        policy.note = f'{policy.note} Sample: {first:,} examples at first.'.strip()
+        reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
+        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at)
+    model, estimator = experiment.model, None
+    if experiment.has_batch_norm:
+        model, estimator = _frozen(model, info.image_shape), model
+    reduction = variance_reduction.Svrg(
+        info.num_train, svrg.mixed, svrg.skip_zeros, estimator, models.MOMENTUM
+    )
+    lowest = config.batch.base_size
+    snapshots = variance_reduction.Snapshots(
+        info.num_train,
+        max(1, experiment.clock.examples(svrg.snapshot_epochs)),
+        svrg.first_size or info.num_train,
+        svrg.growth_factor,
+        svrg.error_decay,
+        schedules.ladder(lowest, config.batch.growth_factor, max(lowest, info.num_train)),
+    )
+    total = experiment.clock.total_examples
+    numbers = range(snapshots.number(total - 1) + 1)
+    sizes = [snapshots.size(number) for number in numbers]
+    policy.note = (
+        f'{policy.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
+        f'{2 * total + sum(sizes):,} gradients of examples at most.'
+    ).strip()
+    return dataclasses.replace(experiment, model=model, reduction=reduction, snapshots=snapshots)
+
+
+def _frozen(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The model with running statistics in training too.
+
+    Raises:
+      ConfigError: one that moves them all the same.
+    """
+    frozen = model.clone(batch_norm='frozen')
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def check(key, images):
+        variables = frozen.init(key, images, train=False)
+        return frozen.apply(variables, images, train=True, rngs={'dropout': key})
+
+    try:
+        jax.eval_shape(check, jax.random.key(0), images)
+    except flax.errors.ModifyScopeVariableError as error:
+        raise ConfigError(
+            f"config.model.name: got a {type(model).__name__}; accepted with optimizer 'svrg': models "
+            "whose BatchNorm leaves its running statistics alone with batch_norm='frozen'"
+        ) from error
+    return frozen
 
 
 def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.ConfigDict:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-OPTIMIZERS = ('sgd', 'lars', 'lars_optax', 'lamb', 'adam', 'adamw', 'adagrad')
+SAGA = ('saga', 'dynasaga')
+REDUCED = ('svrg', *SAGA)  # SGD on gradients with less noise, see variance_reduction
+OPTIMIZERS = ('sgd', 'lars', 'lars_optax', 'lamb', 'adam', 'adamw', 'adagrad', *REDUCED)
 DECAYED = ('all', 'kernels')
 
 
@@ -66,7 +68,8 @@ def create(
     Args:
       name: one of ``OPTIMIZERS``. ``sgd``: ``v <- m v + g + wd w``, ``w <- w - lr v``, with the
         learning rate outside the buffer, which needs no momentum correction when the rate changes
-        (Goyal et al., 2017, section 3). ``lars``: see ``scale_by_lars``. The others are optax's.
+        (Goyal et al., 2017, section 3). ``svrg``, ``saga``, ``dynasaga``: the same, of gradients with
+        less noise, see ``variance_reduction``. ``lars``: see ``scale_by_lars``. The others are optax's.
       momentum: m of sgd and LARS; 0 keeps no buffer.
       nesterov: look-ahead momentum of sgd and LARS.
       weight_decay: coefficient; added to the gradient, or to the update for adamw and lamb.
@@ -90,7 +93,7 @@ def create(
 
     def build(learning_rate):
         down = optax.scale_by_learning_rate(learning_rate)
-        if name == 'sgd':
+        if name in ('sgd', *REDUCED):
             return optax.chain(decay, buffer, down)
         if name == 'lars':
             rates = scale_by_lars(learning_rate, trust_coefficient, weight_decay, epsilon)

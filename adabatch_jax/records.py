@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from adabatch_jax import compilation_cache, metrics, train_state
+from adabatch_jax import compilation_cache, metrics, optimizers, train_state
 from adabatch_jax.host_state import OVERHEADS
 
 
@@ -48,6 +48,23 @@ def stage(run, stall_seconds: float, continued: bool) -> dict[str, Any]:
         'reason': f'continued: {decision.reason}' if continued else decision.reason,
     }
     return fields | ({'inputs': decision.inputs} if decision.inputs else {})
+
+
+def evaluation(run, result: dict[str, Any]) -> dict[str, Any]:
+    """Of an ``eval`` record, from what ``evaluate`` found.
+
+    ``gradient_evaluations``: of single examples since the beginning; more than the examples seen with an
+    optimizer that goes back to examples. ``objective``: the loss and the term of weight decay, where the
+    loss is that of the training split.
+    """
+    config, state = run.experiment.config, run.state
+    evaluations = int(state.reduction.get('evaluations', run.examples_seen))
+    fields = {'split': config.dataset.eval_split, **result, 'gradient_evaluations': evaluations}
+    if config.dataset.eval_split == config.dataset.train_split:
+        options, params = config.optimizer, jax.device_get(state.params)
+        penalty = optimizers.penalty(params, options.weight_decay, options.decayed)
+        fields['objective'] = result['loss'] + float(penalty)
+    return fields
 
 
 def summary(run) -> dict[str, Any]:

@@ -176,6 +176,7 @@ class Run:
             if (
                 update.start >= self.clock.total_examples
                 or policy.decide(self.host.policy, update.start) != self.decision
+                or self.experiment.divides(before, update)
                 or self._passes(config.eval_every_epochs, before.start, before.end)
                 or self._passes(config.checkpoint_every_epochs, before.start, before.end)
             ):
@@ -344,8 +345,8 @@ class Run:
         self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
         is_best = result['accuracy'] > self.host.best_accuracy
         self.host.best_accuracy = max(self.host.best_accuracy, result['accuracy'])
-        split = self.experiment.config.dataset.eval_split
-        self.record('eval', self.step, self.examples_seen, split=split, **result)
+        split, fields = self.experiment.config.dataset.eval_split, records.evaluation(self, result)
+        self.record('eval', self.step, self.examples_seen, **fields)
         if not math.isfinite(result['loss']):  # of weights that are finite, but too large
             raise Diverged(
                 f'training diverged: {split} loss {result["loss"]} after update {self.step}, stage '

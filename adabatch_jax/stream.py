@@ -23,15 +23,19 @@ class Stream:
       steps: compiled train steps by the number of updates that they make; one update is always there.
       take: the batch of an update, or those of several as their step takes them. The updates of a
         stream are taken in their order.
+      snapshot: takes the snapshot that an update goes by, unless that was done; None without any.
     """
 
     steps: dict[int, steps.CompiledStep]
     take: Callable[[Sequence[Update]], Any]
+    snapshot: Callable[[TrainState, Update], TrainState] | None = None
 
     def update(
         self, state: TrainState, batch: Any, updates: Sequence[Update], learning_rates: Sequence[float]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Starts updates whose batch was taken, with a learning rate for each; see ``train_step``."""
+        if self.snapshot:
+            state = self.snapshot(state, updates[0])
         clocks = [update.end for update in updates]
         scalars = np.array(learning_rates, np.float32), np.array(clocks, np.uint32)
         if len(updates) == 1:
@@ -98,12 +102,48 @@ class EffectiveRates:
         return self._known[update.start]
 
 
+class Snapshotter:
+    """Takes the snapshots of a stage for variance reduction."""
+
+    def __init__(self, experiment: Experiment, pipeline, batch_size: int):
+        self._experiment, self._pipeline, self._batch_size = experiment, pipeline, batch_size
+        self._step = steps.CACHE.get(experiment.snapshot_spec(batch_size)).executable
+        self._taken: int | None = None  # number of the last one
+
+    def __call__(self, state: TrainState, update: Update) -> TrainState:
+        """The state with the snapshot that an update goes by: of its own weights, if it is a new one."""
+        number = self._experiment.snapshots.number(update.start)
+        if self._taken is None:
+            self._taken = int(state.reduction['number'])
+        if number != self._taken:
+            state = self._take(state, number, int(self._experiment.clock.epoch(update.start)))
+        self._taken = number
+        return state
+
+    def _take(self, state: TrainState, number: int, epoch: int) -> TrainState:
+        batch = self._experiment.snapshots.batch(self._experiment.config.seed, number)
+        in_batch, skipped = np.zeros((2, self._experiment.info.num_train), bool)
+        in_batch[batch] = True
+        if self._experiment.reduction.skip:
+            skipped = in_batch & (np.asarray(state.reduction['skips_left']) > 0)
+        evaluated = batch[~skipped[batch]]
+        missing = -len(evaluated) % self._batch_size or (0 if len(evaluated) else self._batch_size)
+        # What fills the last part up is marked by its complement.
+        parts = np.concatenate([evaluated, ~np.resize(batch, missing)]).reshape(-1, self._batch_size)
+        parts = [self._pipeline.take_examples(part, epoch) for part in parts]
+        abouts = (
+            self._step.about(number, k == 0, len(batch), in_batch, skipped) for k in range(len(parts))
+        )
+        return self._step(state, parts, abouts, distributed.put_everywhere)
+
+
 def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:
     """The stream of the stage that begins with an update; its first batches are on the devices."""
     specs = experiment.train_specs(update.batch_size)
     compiled = {count: steps.CACHE.get(spec) for count, spec in specs.items()}
     if experiment.load:
-        return Stream(compiled, pipeline.take)
+        snapshot = Snapshotter(experiment, pipeline, update.batch_size) if experiment.snapshots else None
+        return Stream(compiled, pipeline.take, snapshot)
     num_parts = specs[1].num_parts
     batches = distributed.put_ahead(
         {'image': batch['image'], 'label': batch['label']}

@@ -162,7 +162,7 @@ def _parts(batch: Any) -> Any:
 
 def measure(experiment: Experiment, sizes: list[int], repeats: int, pipeline=None) -> list[Measured]:
     """Times the steps of some batch sizes, one after the other, ``repeats`` times."""
-    state = train_state.create(experiment.model, experiment.optimizer, experiment.info.image_shape)
+    state = experiment.initial_state()
     state = distributed.replicate(state)
     benches = []
     for size in sizes:

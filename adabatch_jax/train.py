@@ -15,7 +15,6 @@ from adabatch_jax import (
     checkpoint,
     compilation_cache,
     distributed,
-    input_pipeline,
     memory,
     metrics,
     schedules,
@@ -190,12 +189,8 @@ def open_run(
         stack.callback(steps.CACHE.cancel_waiting)
         if config.compile.precompile and is_new:
             experiment.begin_compiling()
-        with user_errors('config.dataset'):
-            pipeline = input_pipeline.create(config, experiment.info, experiment.clock, experiment.load)
-        stack.enter_context(contextlib.closing(pipeline))
-        state = train_state.create(
-            experiment.model, experiment.optimizer, experiment.info.image_shape, config.seed
-        )
+        pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
+        state = experiment.initial_state()
         if not is_new:
             state, host = _restored(folder, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(config, host):
@@ -221,7 +216,7 @@ def open_run(
         stack.enter_context(contextlib.closing(run.streams))
         stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps
         if config.compile.precompile and run.upcoming:
-            for spec in experiment.train_specs(run.upcoming.batch_size).values():
+            for spec in experiment.stage_specs(run.upcoming.batch_size):
                 steps.CACHE.precompile(spec)
         stack.enter_context(run.display)
         with user_errors('config.dataset', DATA_ERRORS):

@@ -33,6 +33,7 @@ class TrainState:
       batch_stats: BatchNorm running statistics, float32; empty for a model without.
       opt_state: the optimizer's state.
       rng: uint32 [2], root random key of the run; updates fold their number into it.
+      reduction: what variance reduction keeps, see ``variance_reduction``; empty without.
     """
 
     step: jax.Array
@@ -41,6 +42,7 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     rng: jax.Array
+    reduction: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def create(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     seed: int = 0,
+    reduction: Any = None,
 ) -> TrainState:
     """A fresh state; the same seed gives the same state on any number of devices.
 
@@ -61,16 +64,19 @@ def create(
       optimizer: an optax transformation.
       image_shape: height, width, channels.
       seed: root of the initialisation and of the run's random key.
+      reduction: ``variance_reduction.Svrg`` or ``Saga``, if one is used.
     """
     init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
 
     @jax.jit
     def initialise(key):
-        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+        images = jnp.zeros((1, *image_shape))
+        logits, variables = model.init_with_output(key, images, train=False)
         params = variables['params']
-        return params, variables.get('batch_stats', {}), optimizer.init(params)
+        reduced = reduction.init(params, logits.shape[-1]) if reduction else {}
+        return params, variables.get('batch_stats', {}), optimizer.init(params), reduced
 
-    params, batch_stats, opt_state = initialise(init_key)
+    params, batch_stats, opt_state, reduced = initialise(init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         examples_seen=jnp.zeros((), jnp.uint32),
@@ -78,6 +84,7 @@ def create(
         batch_stats=batch_stats,
         opt_state=opt_state,
         rng=run_key,
+        reduction=reduced,
     )
 
 

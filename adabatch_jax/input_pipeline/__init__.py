@@ -5,6 +5,7 @@ iterator has a state that would have to be saved, and a change of batch size nei
 skips an example.
 """
 
+import functools
 import importlib.util
 
 import jax
@@ -19,6 +20,7 @@ from adabatch_jax.input_pipeline.datasets import (
     open_split,
 )
 from adabatch_jax.input_pipeline.device import DevicePipeline, Load
+from adabatch_jax.input_pipeline.order import growing_sample
 from adabatch_jax.input_pipeline.sources import Source
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     'Source',
     'create',
     'dataset_info',
+    'growing_sample',
     'load_on_device',
     'load_split',
     'open_split',
@@ -38,29 +41,47 @@ __all__ = [
 DEVICE_BYTES = 2**30
 
 
-def load_on_device(config, info: DatasetInfo) -> Load | None:
+def load_on_device(config, info: DatasetInfo, needed: bool = False) -> Load | None:
     """What makes batches on the device, where ``dataset.pipeline`` puts the data there.
 
     ``auto`` does so on an accelerator, for images in memory that do not take much of its own, and where
     TensorFlow is not installed.
 
+    Args:
+      config: the resolved config of a run.
+      info: what ``dataset_info`` says of its data.
+      needed: whether the run can do with nothing else: ``auto`` is ``device`` then.
+
     Raises:
-      ValueError: images that stay on disk shall be on the device.
+      ValueError: images that stay on disk shall be on the device, or others shall not though they have
+        to.
     """
-    dataset = config.dataset
-    if dataset.pipeline == 'tf_data' or (info.is_encoded and dataset.pipeline == 'auto'):
+    dataset, wanted = config.dataset, config.dataset.pipeline
+    if needed and wanted == 'auto':
+        wanted = 'device'
+    if needed and wanted == 'tf_data':
+        raise ValueError(
+            f"pipeline: got 'tf_data'; accepted with optimizer {config.optimizer.name!r}: device, auto "
+            '(it goes back to single examples)'
+        )
+    if wanted == 'tf_data' or (info.is_encoded and wanted == 'auto'):
         return None
+    if info.is_encoded and needed:
+        raise ValueError(
+            f'name: got {dataset.name!r}, whose images stay on disk; accepted with optimizer '
+            f'{config.optimizer.name!r}: data sets in memory'
+        )
     if info.is_encoded:
         raise ValueError(
             f"pipeline: got 'device'; accepted for {dataset.name}: tf_data (its images stay on disk)"
         )
     load = Load(config.seed, info.num_train, info.image_shape, *order.augmentation(dataset))
-    if dataset.pipeline == 'auto' and importlib.util.find_spec('tensorflow') is not None:
+    if wanted == 'auto' and importlib.util.find_spec('tensorflow') is not None:
         return load if jax.default_backend() != 'cpu' and load.num_bytes() <= DEVICE_BYTES else None
     return load
 
 
-def create(config, info: DatasetInfo, clock, load: Load | None = None):
+def create(config, info: DatasetInfo, clock, load: Load | None = None, examples_at=None):
     """The pipeline that ``config.dataset`` describes, its data loaded or found.
 
     Args:
@@ -68,12 +89,15 @@ def create(config, info: DatasetInfo, clock, load: Load | None = None):
       info: what ``dataset_info`` says of its data.
       clock: the run's ``schedules.Clock``.
       load: what ``load_on_device`` says.
+      examples_at: with ``load``, the order to take examples in instead of ``order.examples_at``: a
+        function of a position and a number of examples.
 
     Raises:
       ValueError, FileNotFoundError: an unknown, missing or unusable data set.
     """
     if load is not None:
-        return DevicePipeline(config, clock, load)
+        in_epochs = functools.partial(order.examples_at, config.seed, clock.num_examples)
+        return DevicePipeline(config, load, examples_at or in_epochs)
     # TensorFlow is imported only when it is used.
     if info.is_encoded:
         from adabatch_jax.input_pipeline.decoding import EncodedPipeline

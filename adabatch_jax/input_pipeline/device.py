@@ -5,7 +5,7 @@ pipelines, and so are their pixels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,9 +76,9 @@ class Load:
 class DevicePipeline(InMemory):
     """Training batches of data that every device has; evaluation batches from the host."""
 
-    def __init__(self, config, clock, load: Load):
+    def __init__(self, config, load: Load, examples_at: Callable):
         super().__init__(config)
-        self._seed, self._clock = config.seed, clock
+        self._examples_at = examples_at
         images, labels = self.train
         padding = (load.padding, load.padding)
         images = np.pad(images, ((0, 0), padding, padding, (0, 0)))
@@ -100,15 +100,24 @@ class DevicePipeline(InMemory):
           ``data``, and ``example`` and ``epoch``, int32 ``[devices, examples of a device]``; for
           several updates ``[devices, updates, examples of a device]``.
         """
-        rows, n = distributed.local_rows(updates[0].batch_size), self._clock.num_examples
+        rows = distributed.local_rows(updates[0].batch_size)
         drawn = [
-            order.examples_at(self._seed, n, update.start + rows.start, rows.stop - rows.start)
-            for update in updates
+            self._examples_at(update.start + rows.start, rows.stop - rows.start) for update in updates
         ]
+        return self._put(drawn)
+
+    def take_examples(self, examples: np.ndarray, epoch: int) -> dict[str, Any]:
+        """The same for a batch of given examples, all in one epoch; see ``Svrg.snapshot``."""
+        rows = distributed.local_rows(len(examples))
+        here = examples[rows.start : rows.stop]
+        return self._put([(here, np.full(len(here), epoch))])
+
+    def _put(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+        """Examples and epochs of one update or several, on the devices."""
         arrays = {}
         for name, of_updates in zip(('example', 'epoch'), zip(*drawn, strict=True), strict=True):
             per_device = np.stack(
                 [x.reshape(jax.local_device_count(), -1) for x in of_updates], axis=1
             ).astype(np.int32)
-            arrays[name] = per_device[:, 0] if len(updates) == 1 else per_device
+            arrays[name] = per_device[:, 0] if len(drawn) == 1 else per_device
         return {**distributed.put_split(arrays), 'data': self._data}

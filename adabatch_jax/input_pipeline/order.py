@@ -31,6 +31,38 @@ def examples_at(seed: int, num_examples: int, start: int, count: int) -> tuple[n
     return examples, epochs
 
 
+def sample_sizes(positions, num_examples: int, first_size: int, doubling: bool = False):
+    """m of DynaSAGA at some positions of the stream, int64: examples of the sample to draw from.
+
+    ``min(max(m_0, ceil(t / 2)), N)``: one more with every second example; with ``doubling`` twice as
+    many whenever t is beyond 2 m (Daneshmand, Lucchi and Hofmann, "Starting Small: Learning with
+    Adaptive Sample Sizes", 2016).
+    """
+    if doubling:
+        doublings = np.ceil(np.log2(np.maximum(1, positions / (2 * first_size))))
+        sizes = first_size * 2.0**doublings
+    else:
+        sizes = np.maximum(first_size, (positions + 1) // 2)
+    return np.minimum(sizes, num_examples).astype(np.int64)
+
+
+def growing_sample(
+    seed: int, num_examples: int, first_size: int, doubling: bool, start: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As ``examples_at``, with replacement from a sample that grows: the order of DynaSAGA.
+
+    The sample is a prefix of one permutation. Where it grows by one example, that is the one to take;
+    else one is drawn from it. From ``first_size = num_examples`` on it is uniform: the order of SAGA.
+    """
+    positions = np.arange(start, start + count)
+    sizes = sample_sizes(positions, num_examples, first_size, doubling)
+    before = sample_sizes(np.maximum(positions - 1, 0), num_examples, first_size, doubling)
+    no_epoch = np.full(count, 0xFFFFFFFF)  # other draws than those of any augmentation
+    drawn = random_bits(seed, no_epoch, positions, 1)[:, 0] % sizes
+    index = np.where((sizes > before) & (not doubling), sizes - 1, drawn)
+    return epoch_order(seed, 0, num_examples)[index], positions // num_examples
+
+
 def update_examples(
     seed: int, clock, start: int, batch_size: int, num_parts: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -10,9 +10,9 @@ from typing import Any
 import flax.linen as nn
 
 from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, vgg
-from adabatch_jax.models.layers import check_batch_norm
+from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
 
-__all__ = ['MODELS', 'check_batch_norm', 'get_model']
+__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'get_model']
 
 MODELS = {
     'linear': linear.Linear,
@@ -41,7 +41,8 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       name: one of ``MODELS``.
       num_classes: width of the logits.
       **options: fields of the module: ``dtype`` of the activations (parameters, BatchNorm
-        statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``),
+        statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``,
+        ``'frozen'``),
         and those of the family, such as ``shortcut`` or ``zero_init_residual``.
 
     Returns:

@@ -10,6 +10,7 @@ from jax import lax
 
 from adabatch_jax.models.conv import SPATIAL_AXES, Conv, leave
 
+MOMENTUM = 0.9  # of the running statistics of BatchNorm
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
 
 # He et al., 2015, with fan-out, as the official AdaBatch code initialises its convolutions.
@@ -31,9 +32,10 @@ def check_batch_norm(batch_norm: str) -> int:
     name, _, size = batch_norm.partition(':')
     if name == 'ghost' and size.isdecimal() and int(size) > 1:
         return int(size)
-    if batch_norm not in ('local', 'sync'):
+    if batch_norm not in ('local', 'sync', 'frozen'):
         raise ValueError(
-            f'batch_norm: got {batch_norm!r}; accepted: local, sync, or ghost:N for groups of N > 1'
+            f'batch_norm: got {batch_norm!r}; accepted: local, sync, frozen, or ghost:N for groups of '
+            'N > 1'
         )
     return 0
 
@@ -58,7 +60,7 @@ class BatchNorm(nn.Module):
     dtype: Any
     group: int = 0
     axis_name: str | None = None
-    momentum: float = 0.9
+    momentum: float = MOMENTUM
     epsilon: float = 1e-5
     scale_init: Callable = nn.initializers.ones_init()
 
@@ -108,9 +110,11 @@ def norm_layer(batch_norm: str, dtype: Any, train: bool) -> Callable[..., nn.Mod
     """BatchNorm with the statistics that ``batch_norm`` names; running statistics when not training.
 
     ``local`` takes them over one device's microbatch, ``sync`` over the microbatches that all
-    devices run at once, ``ghost:N`` over groups of N examples of a microbatch. Running statistics
-    move by 0.1 an update, as PyTorch's do.
+    devices run at once, ``ghost:N`` over groups of N examples of a microbatch; ``frozen`` takes the
+    running ones in training too, and leaves them as they are. Running statistics move by 0.1 an update,
+    as PyTorch's do.
     """
+    train = train and batch_norm != 'frozen'
     group = check_batch_norm(batch_norm)
     axis_name = AXIS_NAME if batch_norm == 'sync' and train else None
     return functools.partial(BatchNorm, train=train, dtype=dtype, group=group, axis_name=axis_name)

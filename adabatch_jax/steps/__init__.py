@@ -9,15 +9,13 @@ from adabatch_jax.steps.compiled import (
     compile_step,
 )
 from adabatch_jax.steps.pure import (
-    STATISTICS,
-    Normalize,
-    StepSpec,
     batch_gradient,
     batch_loss,
     eval_step,
     train_step,
     train_steps,
 )
+from adabatch_jax.steps.spec import STATISTICS, Normalize, StepSpec
 
 __all__ = [
     'CACHE',

@@ -14,15 +14,16 @@ import numpy as np
 
 from adabatch_jax import compilation_cache, train_state
 from adabatch_jax.steps.pure import (
-    AXIS_NAME,
-    StepSpec,
     accumulate,
     apply_gradients,
+    estimate_statistics,
     eval_step,
+    snapshot,
     train_step,
     train_steps,
     zero_totals,
 )
+from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,11 @@ def _updates(spec: StepSpec) -> tuple[int, ...]:
 
 def _shapes(spec: StepSpec) -> tuple:
     """The shapes of a step's arguments; of the batch those of one part."""
-    state = jax.eval_shape(lambda: train_state.create(spec.model, spec.optimizer, spec.image_shape))
+    state = jax.eval_shape(
+        lambda: train_state.create(
+            spec.model, spec.optimizer, spec.image_shape, reduction=spec.reduction
+        )
+    )
     if not spec.train:
         return state.variables, batch_shapes(spec)
     scalars = (jax.ShapeDtypeStruct(_updates(spec), dtype) for dtype in (jnp.float32, jnp.uint32))
@@ -134,6 +139,47 @@ class AccumulatingStep:
         return self._apply(state, totals, learning_rate, examples_seen)
 
 
+class SnapshotStep:
+    """Takes a snapshot for variance reduction, part by part of its batch.
+
+    A part has as many examples as the batches of a stage, so that the snapshots of a stage are made by
+    one executable, of whatever size they are.
+    """
+
+    def __init__(self, spec: StepSpec):
+        state, batch, *_ = _shapes(spec)
+        about = jax.eval_shape(
+            lambda: self.about(0, True, 1, *[np.zeros(spec.reduction.num_examples, bool)] * 2)
+        )
+        axes = (None, _batch_axes(spec), None)
+        self._add = _compile((state, batch, about), functools.partial(snapshot, spec), axes, donate=0)
+        self._estimate = None
+        if spec.reduction.estimator is not None:
+            count = jax.ShapeDtypeStruct((), jnp.float32)
+            estimate = functools.partial(estimate_statistics, spec)
+            self._estimate = _compile((state, batch, count), estimate, axes, donate=0)
+        self.memory_bytes = _memory_bytes(self._add)
+
+    @staticmethod
+    def about(number: int, first: bool, size: int, in_batch: np.ndarray, skipped: np.ndarray) -> Batch:
+        """What ``Svrg.snapshot`` wants to know of a part beside its examples."""
+        return {
+            'number': np.int32(number),
+            'first': np.bool_(first),
+            'size': np.float32(size),
+            'in_batch': in_batch,
+            'skipped': skipped,
+        }
+
+    def __call__(self, state, parts, abouts, put):
+        if self._estimate:
+            for k, part in enumerate(parts, 1):
+                state = self._estimate(state, part, put(np.float32(k)))
+        for part, about in zip(parts, abouts, strict=True):
+            state = self._add(state, part, put(about))
+        return state
+
+
 def _put(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
     """An argument of a compiled step on its devices; none are named where the step has no use for it."""
     if sharding is None:
@@ -143,7 +189,7 @@ def _put(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
 
 def _memory_bytes(executable) -> int:
     """Memory of one device while an executable runs, 0 where that is not told."""
-    if isinstance(executable, AccumulatingStep):
+    if isinstance(executable, AccumulatingStep | SnapshotStep):
         return executable.memory_bytes
     memory = executable.memory_analysis()
     if memory is None:
@@ -162,6 +208,8 @@ def compile_step(spec: StepSpec) -> CompiledStep:
     before = compilation_cache.counts()
     if not spec.train:
         executable = _compile(_shapes(spec), functools.partial(eval_step, spec), (None, 0))
+    elif spec.snapshot:
+        executable = SnapshotStep(spec)
     elif spec.num_parts > 1:
         executable = AccumulatingStep(spec)
     else:

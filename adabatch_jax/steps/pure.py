@@ -5,88 +5,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from adabatch_jax import gradient_statistics, line_search, losses
+from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 from adabatch_jax.train_state import TrainState
+from adabatch_jax.variance_reduction import Outputs
 
-AXIS_NAME = 'batch'  # of the mapped devices
-STATISTICS = ('', 'norms', 'inner_products')  # of the gradients of groups
-MOST_GROUPS = 8  # of a device, whose gradients are kept for inner products
-Batch = dict[str, Any]
 Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running statistics, of metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalize:
-    """uint8 images to float32 with zero mean and unit variance for each channel, on the device.
-
-    ``mean`` and ``std`` are in units of the stored pixel values.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        return (images.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Everything that shapes a compiled step; two equal specs share one executable.
-
-    The learning rate is not in it: it enters the step as an array.
-
-    Attributes:
-      model: linen module; compares by its fields, the dtype of its activations among them.
-      optimizer: optax transformation with a ``learning_rate`` hyperparameter; compares by identity.
-      normalize: what turns stored images into the model's input.
-      image_shape: height, width, channels.
-      batch_size: examples over all devices and microbatches.
-      num_microbatches: sequential parts of one device's share.
-      train: a train step, or else an evaluation step.
-      num_parts: in how many parts the images of a train step's batch come to the devices, each of
-        equally many microbatches.
-      skip_non_finite: whether a train step leaves the weights as they are when the loss, the gradient or
-        the new weights are not finite.
-      statistics: one of ``STATISTICS``: none; ``'norms'``, of the gradients of all microbatches; or
-        ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
-      rule: one of ``line_search.RULES``: where the step size comes from.
-      fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
-      load: where the data set lives on the devices, what makes images and labels of it there; see
-        ``input_pipeline.device.Load``. None where batches come with their images.
-      num_updates: updates that one call of a train step makes, one after the other.
-      loss: one of ``losses.LOSSES``.
-    """
-
-    model: nn.Module
-    optimizer: optax.GradientTransformation
-    normalize: Callable[[jax.Array], jax.Array]
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    num_microbatches: int = 1
-    train: bool = True
-    num_parts: int = 1
-    skip_non_finite: bool = False
-    statistics: str = ''
-    rule: str = 'schedule'
-    fraction: float = 0.0
-    load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
-    num_updates: int = 1
-    loss: str = 'cross_entropy'
-
-    @property
-    def num_groups(self) -> int:
-        """The parts of one device's share whose gradients are kept apart."""
-        n = self.num_microbatches
-        if self.statistics != 'inner_products':
-            return 1
-        few = max(k for k in range(1, MOST_GROUPS + 1) if n % k == 0)
-        return few if few > 1 else n
 
 
 def _sums(spec, logits, labels, mask):
@@ -129,10 +58,13 @@ def train_step(
       for inner products ``variance_along`` and ``squared_norm``; and ``learning_rate`` where that was
       searched for.
     """
-    totals = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
+    totals, found = _accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
+    reduction = state.reduction
+    if spec.reduction:
+        reduction = spec.reduction.after(reduction, found, AXIS_NAME)
     if spec.rule == 'schedule':
         batch = None
-    return apply_gradients(spec, state, totals, learning_rate, examples_seen, batch)
+    return apply_gradients(spec, state, totals, learning_rate, examples_seen, batch, reduction)
 
 
 def train_steps(
@@ -182,11 +114,19 @@ def accumulate(
 
     ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before.
     """
-    loss = _microbatch_loss(spec, state, batch)
+    return _accumulate(spec, state, totals, batch, first_microbatch)[0]
+
+
+def _accumulate(
+    spec: StepSpec, state: TrainState, totals: Totals, batch: Batch, first_microbatch: jax.Array
+) -> tuple[Totals, Any]:
+    """As ``accumulate``, and what variance reduction wants to know of each microbatch."""
+    microbatches = _microbatches(spec, batch, first_microbatch)
+    gradient = _microbatch_gradient(spec, state, batch, microbatches)
 
     def add(total, microbatch):
         index, _ = microbatch
-        grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, microbatch)
+        grads, (_, _, batch_stats, sums), found = gradient(state.params, microbatch)
         if spec.statistics == 'norms':
             sums['squared_norms'] = gradient_statistics.squared_norm(grads)
         if spec.num_groups > 1:
@@ -194,9 +134,9 @@ def accumulate(
             gradient_sums = jax.tree.map(lambda x, y: x.at[group].add(y), total[0], grads)
         else:
             gradient_sums = jax.tree.map(jnp.add, total[0], grads)
-        return (gradient_sums, *jax.tree.map(jnp.add, total[1:], (batch_stats, sums))), None
+        return (gradient_sums, *jax.tree.map(jnp.add, total[1:], (batch_stats, sums))), found
 
-    return lax.scan(add, totals, _microbatches(spec, batch, first_microbatch))[0]
+    return lax.scan(add, totals, microbatches)
 
 
 def _apart(batch: Batch) -> tuple[Any, Batch]:
@@ -211,13 +151,13 @@ def _microbatches(spec: StepSpec, batch: Batch, first: jax.Array) -> tuple[jax.A
     return first + jnp.arange(n), {k: x.reshape(n, -1, *x.shape[1:]) for k, x in examples.items()}
 
 
-def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callable:
-    """The mean loss over a microbatch, as a function of parameters, and what comes with it."""
+def predictor(spec: StepSpec, state: TrainState, batch: Batch) -> Callable:
+    """The logits of a microbatch, as a function of parameters, and what comes with them."""
     update_key = jax.random.fold_in(state.rng, state.step)
     device_key = jax.random.fold_in(update_key, lax.axis_index(AXIS_NAME))
     data, _ = _apart(batch)
 
-    def loss(params, microbatch):
+    def predict(params, microbatch):
         index, examples = microbatch
         if spec.load is None:
             images, labels = examples['image'], examples['label']
@@ -232,9 +172,60 @@ def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callabl
             rngs={'dropout': jax.random.fold_in(device_key, index)},
         )
         sums = _sums(spec, logits, labels, (labels >= 0).astype(jnp.float32))
-        return sums['loss'] / len(labels), (mutated.get('batch_stats', {}), sums)
+        return logits, Outputs(logits, labels, mutated.get('batch_stats', {}), sums)
+
+    return predict
+
+
+def _microbatch_loss(spec: StepSpec, state: TrainState, batch: Batch) -> Callable:
+    """The mean loss over a microbatch, as a function of parameters, and what comes with it."""
+    predict = predictor(spec, state, batch)
+
+    def loss(params, microbatch):
+        logits, outputs = predict(params, microbatch)
+        return outputs.sums['loss'] / len(logits), outputs
 
     return loss
+
+
+def _microbatch_gradient(
+    spec: StepSpec, state: TrainState, batch: Batch, microbatches: tuple[jax.Array, Batch]
+) -> Callable:
+    """The gradient of that loss, or one with less noise; its outputs; and what reduced the noise."""
+    if spec.reduction:
+        predict = predictor(spec, state, batch)
+        return spec.reduction.gradient(predict, spec.loss, state, microbatches, AXIS_NAME)
+    gradient = jax.grad(_microbatch_loss(spec, state, batch), has_aux=True)
+    return lambda params, microbatch: (*gradient(params, microbatch), None)
+
+
+def snapshot(spec: StepSpec, state: TrainState, batch: Batch, about: Batch) -> TrainState:
+    """Adds a part of a batch to a snapshot for variance reduction; see ``Svrg.snapshot``.
+
+    ``about`` is what that takes of the part, but for its microbatches.
+    """
+    about = {**about, 'microbatches': _microbatches(spec, batch, jnp.int32(0))}
+    predict = predictor(spec, state, batch)
+    reduced = spec.reduction.snapshot(predict, spec.loss, state, about, AXIS_NAME)
+    return state.replace(reduction=reduced)
+
+
+def estimate_statistics(spec: StepSpec, state: TrainState, batch: Batch, count: jax.Array) -> TrainState:
+    """Makes the running statistics of BatchNorm the mean over ``count`` parts of a snapshot's batch."""
+    spec = dataclasses.replace(spec, model=spec.reduction.estimator)
+    predict, n = predictor(spec, state, batch), spec.num_microbatches
+
+    def add(total, microbatch):
+        number, examples = microbatch
+        index = examples['example']
+        examples = {**examples, 'example': jnp.where(index >= 0, index, ~index)}
+        _, outputs = predict(state.params, (number, examples))
+        return jax.tree.map(lambda x, y: x + y / n, total, outputs.batch_stats), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
+    moved, _ = lax.scan(add, zeros, _microbatches(spec, batch, jnp.int32(0)))
+    moved = lax.pmean(moved, AXIS_NAME)
+    return state.replace(batch_stats=spec.reduction.statistics(moved, state.batch_stats, count))
 
 
 def batch_loss(spec: StepSpec, state: TrainState, batch: Batch, params: Any = None) -> jax.Array:
@@ -259,14 +250,20 @@ def apply_gradients(
     learning_rate: jax.Array,
     examples_seen: jax.Array,
     batch: Batch | None = None,
+    reduction: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The update from the totals of all of a batch's microbatches; see ``train_step``.
 
-    The batch itself is for rules that search for the step size on it.
+    The batch itself is for rules that search for the step size on it. ``reduction`` is what the state
+    keeps for variance reduction after the update.
     """
     groups, batch_stats, sums = totals
     grads = _mean_gradient(spec, groups)
-    batch_stats = lax.pmean(jax.tree.map(lambda x: x / spec.num_microbatches, batch_stats), AXIS_NAME)
+    if spec.reduction:  # running statistics change with snapshots alone
+        batch_stats = state.batch_stats
+    else:
+        batch_stats = jax.tree.map(lambda x: x / spec.num_microbatches, batch_stats)
+        batch_stats, reduction = lax.pmean(batch_stats, AXIS_NAME), state.reduction
     sums = lax.psum(sums, AXIS_NAME)
     sums |= _statistics(spec, grads, groups, sums.pop('squared_norms', None))
 
@@ -278,17 +275,16 @@ def apply_gradients(
         updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     finite = _all_finite((sums['loss'], grads, params, batch_stats))
-    new, old = (params, batch_stats, opt_state), (state.params, state.batch_stats, state.opt_state)
+    new = {
+        'params': params,
+        'batch_stats': batch_stats,
+        'opt_state': opt_state,
+        'reduction': reduction,
+    }
     if spec.skip_non_finite:
+        old = {name: getattr(state, name) for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    params, batch_stats, opt_state = new
-    state = state.replace(
-        step=state.step + 1,
-        examples_seen=examples_seen,
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
+    state = state.replace(step=state.step + 1, examples_seen=examples_seen, **new)
     return state, {**sums, 'non_finite': 1.0 - finite}
 
 

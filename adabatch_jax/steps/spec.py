@@ -1,0 +1,89 @@
+"""What shapes a compiled step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from adabatch_jax.variance_reduction import Saga, Svrg
+
+AXIS_NAME = 'batch'  # of the mapped devices
+STATISTICS = ('', 'norms', 'inner_products')  # of the gradients of groups
+MOST_GROUPS = 8  # of a device, whose gradients are kept for inner products
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """uint8 images to float32 with zero mean and unit variance for each channel, on the device.
+
+    ``mean`` and ``std`` are in units of the stored pixel values.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return (images.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything that shapes a compiled step; two equal specs share one executable.
+
+    The learning rate is not in it: it enters the step as an array.
+
+    Attributes:
+      model: linen module; compares by its fields, the dtype of its activations among them.
+      optimizer: optax transformation with a ``learning_rate`` hyperparameter; compares by identity.
+      normalize: what turns stored images into the model's input.
+      image_shape: height, width, channels.
+      batch_size: examples over all devices and microbatches.
+      num_microbatches: sequential parts of one device's share.
+      train: a train step, or else an evaluation step.
+      num_parts: in how many parts the images of a train step's batch come to the devices, each of
+        equally many microbatches.
+      skip_non_finite: whether a train step leaves the weights as they are when the loss, the gradient or
+        the new weights are not finite.
+      statistics: one of ``STATISTICS``: none; ``'norms'``, of the gradients of all microbatches; or
+        ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
+      rule: one of ``line_search.RULES``: where the step size comes from.
+      fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
+      load: where the data set lives on the devices, what makes images and labels of it there; see
+        ``input_pipeline.device.Load``. None where batches come with their images.
+      num_updates: updates that one call of a train step makes, one after the other.
+      loss: one of ``losses.LOSSES``.
+      reduction: what takes noise out of the gradients; it needs ``load``, to know the examples.
+      snapshot: a step that adds to a snapshot of ``reduction``, rather than a train step.
+    """
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    normalize: Callable[[jax.Array], jax.Array]
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    num_microbatches: int = 1
+    train: bool = True
+    num_parts: int = 1
+    skip_non_finite: bool = False
+    statistics: str = ''
+    rule: str = 'schedule'
+    fraction: float = 0.0
+    load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
+    num_updates: int = 1
+    loss: str = 'cross_entropy'
+    reduction: Svrg | Saga | None = None
+    snapshot: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        """The parts of one device's share whose gradients are kept apart."""
+        n = self.num_microbatches
+        if self.statistics != 'inner_products':
+            return 1
+        few = max(k for k in range(1, MOST_GROUPS + 1) if n % k == 0)
+        return few if few > 1 else n

@@ -1,0 +1,446 @@
+"""SVRG, SAGA and DynaSAGA: closed forms, and a float64 reference of whole runs."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from adabatch_jax import (
+    analysis,
+    distributed,
+    input_pipeline,
+    metrics,
+    train_state,
+    variance_reduction,
+)
+from adabatch_jax.config import ConfigError, default_config, resolve
+from adabatch_jax.experiment import describe
+from adabatch_jax.input_pipeline import order
+from adabatch_jax.stream import open_stream
+from adabatch_jax.train import train
+
+
+def digits(optimizer, batch_size=4, **changes):
+    config = default_config()
+    config.num_epochs = 2.0
+    config.model.name = 'linear'
+    config.dataset.update(dict(name='digits', augment='none', train_split='train[:120]'))
+    config.dataset.eval_split = 'train[:120]'
+    config.batch.update(dict(policy='fixed', base_size=batch_size))
+    config.learning_rate.update(dict(effective=0.02, schedule='constant', coupling='none'))
+    config.optimizer.update(dict(name=optimizer, momentum=0.9, weight_decay=0.01))
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace('__', '.'): value})
+    return config
+
+
+def points(tmp_path, batch_size=4, **changes):
+    """``f_i = 1/2 |x - c_i|^2`` in x, the bias: all images are 0, and c_i has a 1 at the label."""
+    labels = np.random.default_rng(0).integers(3, size=40)
+    for split in ('train', 'test'):
+        np.savez(tmp_path / f'{split}.npz', images=np.zeros((40, 2, 2, 1), np.uint8), labels=labels)
+    config = digits('svrg', batch_size, **changes)
+    config.model.loss = 'squared'
+    config.dataset.update(
+        dict(name='npz', data_dir=str(tmp_path), train_split='train', eval_split='test')
+    )
+    config.optimizer.update(dict(momentum=0.0, weight_decay=0.0))
+    return config, np.eye(3)[labels]
+
+
+def after_updates(config, count, start=0, state=None):
+    """The experiment, and the state after each of some updates."""
+    experiment = describe(resolve(config))
+    pipeline = experiment.open_pipeline()
+    state = distributed.replicate(experiment.initial_state() if state is None else state)
+    updates = experiment.clock.updates(start, config.batch.base_size)
+    updates = list(itertools.islice(updates, count))
+    stream, states = open_stream(experiment, pipeline, updates[0]), []
+    for update in updates:
+        rate = float(experiment.learning_rate(experiment.clock.epoch(update.start), update.batch_size))
+        state, _ = stream.update(state, stream.take([update]), [update], [rate])
+        states.append(jax.device_get(state))
+        state = distributed.replicate(states[-1])
+    return experiment, states
+
+
+def bias(state):
+    (layer,) = state.params.values()
+    return layer['bias']
+
+
+# ---------------------------------------------------------------------- when and how many
+
+
+def snapshots(first_size, growth_factor=2.0, error_decay=0.0, rungs=(8, 16, 32, 64, 128, 200)):
+    return variance_reduction.Snapshots(200, 50, first_size, growth_factor, error_decay, rungs)
+
+
+def test_snapshots_double_until_they_hold_all_the_data():
+    found = snapshots(8)
+    assert [found.size(number) for number in range(8)] == [8, 16, 32, 64, 128, 200, 200, 200]
+    assert [found.number(seen) for seen in (0, 49, 50, 199)] == [0, 0, 1, 3]
+    assert found.size(10**6) == 200  # no overflow
+
+
+def test_sizes_are_rounded_up_to_the_ladder():
+    assert [snapshots(10, 1.5).size(number) for number in range(4)] == [16, 16, 32, 64]
+
+
+def test_the_error_of_a_snapshot_falls_as_asked_for():
+    found, n = snapshots(20, error_decay=0.8), 200
+
+    def variance(size):  # of a mean without replacement, of examples with variance 1
+        return 1 / size * (1 - size / n)
+
+    for number in range(6):
+        assert variance(found.wanted(number)) == pytest.approx(variance(20) * 0.8 ** (2 * number))
+
+
+def test_a_snapshot_draws_without_replacement_and_anew_each_time():
+    found = snapshots(64)
+    first, second = found.batch(0, 0), found.batch(0, 1)
+    assert len(set(first)) == 64 and len(set(second)) == 128
+    assert set(first) - set(second)
+    assert list(found.batch(0, 0)) == list(first) and list(found.batch(1, 0)) != list(first)
+
+
+# --------------------------------------------------------------------------------- SVRG
+
+
+@pytest.mark.parametrize('first_size', [8, 40])
+def test_svrg_on_quadratics_has_no_noise_and_goes_to_the_mean_of_its_batch(tmp_path, first_size):
+    config, targets = points(tmp_path, optimizer__svrg__first_size=first_size)
+    experiment, states = after_updates(config, 6)
+    batch = experiment.snapshots.batch(0, 0)
+    assert len(batch) == first_size
+    x, rate = np.zeros(3), 0.02
+    for state in states:
+        x = x - rate * (x - targets[batch].mean(0))
+        np.testing.assert_allclose(bias(state), x, atol=1e-6)
+
+
+def test_mixed_svrg_is_unbiased_whatever_its_batch_is(tmp_path):
+    """The mean of the directions over all the data is the gradient, exactly, for each batch."""
+    for seed in range(3):
+        config, targets = points(tmp_path, optimizer__svrg__first_size=8, optimizer__svrg__mixed=True)
+        config.seed = seed
+        # One update moves away from the snapshot, so that the correction is not zero; then an epoch
+        # without moving shows the direction of every example once.
+        experiment, (state, *_) = after_updates(config, 1)
+        assert 8 <= len(experiment.snapshots.batch(seed, 0)) < 40
+        directions = []
+        for start in range(0, 40, 4):
+            _, (moved,) = after_updates(config, 1, start, state)
+            directions.append((bias(state) - bias(moved)) / 0.02)
+        np.testing.assert_allclose(np.mean(directions, 0), bias(state) - targets.mean(0), atol=1e-5)
+        assert np.std(directions, 0).max() > 0.05  # each by itself is not
+
+
+def features(experiment):
+    images, labels = input_pipeline.load_split(
+        experiment.config.dataset, experiment.config.dataset.train_split
+    )
+    x = (images - np.array(experiment.info.mean)) / np.array(experiment.info.std)
+    x = np.concatenate([x.reshape(len(x), -1), np.ones((len(x), 1))], 1)
+    return x, labels
+
+
+def slopes(w, x, labels):
+    """The derivative of softmax regression's loss by the logits of each example, in float64."""
+    z = x @ w
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True) - np.eye(10)[labels]
+
+
+def weights(state):
+    (layer,) = state.params.values()
+    return np.concatenate([layer['kernel'], layer['bias'][None]])
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_svrg_is_that_of_an_independent_reference(mixed):
+    """With momentum and weight decay, over three snapshots that grow, on two devices."""
+    config = digits('svrg', 8, optimizer__svrg__snapshot_epochs=0.25, optimizer__svrg__mixed=mixed)
+    config.optimizer.svrg.first_size = 12  # rounded up to 16, then 32, 64
+    experiment, states = after_updates(config, 12)
+    x, labels = features(experiment)
+    w = buffer = np.zeros((65, 10))
+    evaluations, number = 0, -1
+    for k, state in enumerate(states):
+        if (start := 8 * k) // 30 != number:
+            number, there = start // 30, w
+            batch = experiment.snapshots.batch(0, number)
+            mean = x[batch].T @ slopes(there, x[batch], labels[batch]) / len(batch)
+            evaluations += len(batch)
+        index = order.examples_at(0, 120, start, 8)[0]
+        inside = np.isin(index, batch) if mixed else np.ones(8, bool)
+        direction = x[index].T @ slopes(w, x[index], labels[index]) / 8
+        direction -= x[index].T @ (inside[:, None] * slopes(there, x[index], labels[index])) / 8
+        direction += inside.mean() * mean
+        evaluations += 8 + inside.sum()
+        buffer = 0.9 * buffer + direction + 0.01 * w
+        w = w - 0.02 * buffer
+        np.testing.assert_allclose(weights(state), w, atol=2e-6)
+        assert int(state.reduction['evaluations']) == evaluations
+    assert number == 2
+
+
+def test_at_the_snapshot_itself_every_batch_has_the_same_direction():
+    """With crops, dropout and BatchNorm: both gradients see the same, and cancel."""
+    config = digits('svrg', 8, model__name='cnn', dataset__augment='pad_crop')
+    config.dataset.crop_padding = 2
+    config.optimizer.update(dict(momentum=0.0, weight_decay=0.0))
+    experiment, (state, *_) = after_updates(config, 1)
+    rate = float(experiment.learning_rate(0.0, 8))
+    begun = experiment.initial_state()
+    expected = jax.tree.map(
+        lambda w, mu: w - rate * mu, jax.device_get(begun.params), state.reduction['gradient']
+    )
+    for got, want in zip(*map(jax.tree.leaves, (state.params, expected)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-7)
+    moving = jax.tree.map(lambda g: np.abs(g).max(), state.reduction['gradient'])
+    assert max(jax.tree.leaves(moving)) > 1e-3
+
+
+def test_running_statistics_are_those_of_the_snapshots_batch_and_stay():
+    config = digits('svrg', 8, model__name='cnn')
+    experiment, states = after_updates(config, 3)
+    images, _ = input_pipeline.load_split(experiment.config.dataset, 'train[:120]')
+    spec, begun = experiment.eval_spec, experiment.initial_state()
+    sums = None
+    for part in experiment.snapshots.batch(0, 0).reshape(-1, 2, 4):  # a device's examples by themselves
+        for index in part:
+            _, moved = experiment.reduction.estimator.apply(
+                begun.variables, spec.normalize(images[index]), train=True, mutable=['batch_stats']
+            )
+            of_part = jax.tree.map(
+                lambda new, old: (new - old) / 0.1 + old, moved['batch_stats'], begun.batch_stats
+            )
+            sums = of_part if sums is None else jax.tree.map(np.add, sums, of_part)
+    for state in states:
+        for got, want in zip(*map(jax.tree.leaves, (state.batch_stats, sums)), strict=True):
+            np.testing.assert_allclose(got, want / 30, rtol=2e-4, atol=2e-4)
+
+
+def test_examples_without_gradient_are_skipped_ever_longer():
+    zeros = np.arange(8)
+    assert list(variance_reduction.evaluations_to_skip(zeros)) == [0, 1, 1, 2, 4, 8, 16, 32]
+
+
+def test_snapshots_leave_out_what_had_no_gradient_and_come_back_to_it():
+    config = digits('svrg', 8, model__loss='hinge', optimizer__svrg__skip_zeros=True)
+    config.learning_rate.effective = 0.05
+    config.optimizer.momentum, config.num_epochs = 0.0, 40.0
+    config.optimizer.svrg.snapshot_epochs = 1.0
+    experiment, states = after_updates(config, 15 * 30)
+    x, labels = features(experiment)
+    in_a_row, left = np.zeros(120, int), np.zeros(120, int)
+    skipped_in_all = 0
+    for number in range(1, 30):
+        before, after = states[15 * number - 1], states[15 * number]
+        z = x @ weights(before)
+        margins = np.where(np.eye(10, dtype=bool)[labels], z, -z)
+        if number == 1:  # all gradients are there at 0
+            assert not states[0].reduction['zeros_in_a_row'].any()
+        clear = np.abs(margins - 1.5).min(1) > 1e-4  # of rounding
+        is_zero = (margins > 1.5).all(1)
+        skipped = left > 0
+        np.testing.assert_array_equal(after.reduction['skipped'], skipped)
+        left = np.where(skipped, left - 1, 0)
+        in_a_row = np.where(skipped, in_a_row, np.where(is_zero, in_a_row + 1, 0))
+        wait = np.where(in_a_row > 0, 2 ** np.maximum(0, in_a_row - 2), 0)
+        left = np.where(skipped, left, wait)
+        np.testing.assert_array_equal(after.reduction['zeros_in_a_row'][clear], in_a_row[clear])
+        in_a_row, left = (np.array(after.reduction[k]) for k in ('zeros_in_a_row', 'skips_left'))
+        new = int(after.reduction['evaluations']) - int(before.reduction['evaluations'])
+        inside = order.examples_at(0, 120, 15 * 8 * number, 8)[0]
+        assert new == 120 - skipped.sum() + 8 + (~skipped[inside]).sum()
+        skipped_in_all += skipped.sum()
+    assert skipped_in_all > 200
+
+
+# --------------------------------------------------------------------------------- SAGA
+
+
+def test_the_sample_grows_with_every_second_example_and_is_whole_at_2n_minus_1():
+    n = 50
+    sizes = order.sample_sizes(np.arange(2 * n + 3), n, 4)
+    assert list(sizes[:12]) == [4] * 9 + [5, 5, 6]
+    assert sizes[2 * n - 2] == n - 1 and sizes[2 * n - 1] == n and sizes[-1] == n
+
+
+def test_the_doubling_sample_waits_for_two_passes():
+    sizes = order.sample_sizes(np.arange(70), 50, 4, doubling=True)
+    assert [int(np.argmax(sizes == size)) for size in (8, 16, 32, 50)] == [9, 17, 33, 65]
+
+
+@pytest.mark.parametrize('first_size, doubling', [(4, False), (4, True), (50, False)])
+def test_examples_come_from_the_sample_and_new_ones_at_once(first_size, doubling):
+    n, count = 50, 400
+    examples, _ = order.growing_sample(3, n, first_size, doubling, 0, count)
+    rank = np.argsort(order.epoch_order(3, 0, n))[examples]
+    sizes = order.sample_sizes(np.arange(count), n, first_size, doubling)
+    assert (rank < sizes).all()
+    grown = np.flatnonzero(np.diff(sizes, prepend=first_size))
+    if not doubling:
+        np.testing.assert_array_equal(rank[grown], sizes[grown] - 1)
+    later, _ = order.growing_sample(3, n, first_size, doubling, 130, 7)
+    np.testing.assert_array_equal(later, examples[130:137])  # a function of the position alone
+    counts = np.bincount(order.growing_sample(3, n, first_size, doubling, 10_000, 50_000)[0])
+    assert counts.min() > 850 and counts.max() < 1150  # uniform at the end: 1000 +- 32
+
+
+@pytest.mark.parametrize('from_zero', [False, True])
+@pytest.mark.parametrize('optimizer, batch_size', [('dynasaga', 8), ('saga', 16)])
+def test_saga_is_that_of_an_independent_reference(optimizer, batch_size, from_zero):
+    """With examples that are in a batch twice, on two devices."""
+    config = digits(optimizer, batch_size, optimizer__saga__from_zero=from_zero)
+    config.optimizer.saga.first_size = 20
+    experiment, states = after_updates(config, 40)
+    x, labels = features(experiment)
+    w = buffer = np.zeros((65, 10))
+    memory, seen, twice = np.zeros((120, 10)), np.zeros(120, bool), 0
+    for k, state in enumerate(states):
+        index, _ = experiment.examples_at(k * batch_size, batch_size)
+        twice += len(index) - len(set(index))
+        s = slopes(w, x[index], labels[index])
+        known = np.ones(batch_size, bool) if from_zero else seen[index]
+        direction = x[index].T @ (known[:, None] * (s - memory[index])) / batch_size
+        if from_zero:
+            direction += x.T @ memory / max(1, seen.sum())
+        memory[index[~known]], seen[index[~known]] = s[~known], True
+        if not from_zero:
+            direction += x.T @ memory / seen.sum()
+        memory[index], seen[index] = s, True
+        buffer = 0.9 * buffer + direction + 0.01 * w
+        w = w - 0.02 * buffer
+        np.testing.assert_allclose(weights(state), w, atol=5e-6)
+    np.testing.assert_allclose(state.reduction['memory'], memory, atol=2e-6)
+    assert twice
+
+
+def test_a_full_memory_gives_the_exact_gradient_of_the_sample(tmp_path):
+    """On quadratics: once every example was seen, a step from anywhere goes by the mean alone."""
+    config, targets = points(tmp_path, 2, optimizer__name='saga')
+    experiment, states = after_updates(config, 400)
+    assert states[-1].reduction['seen'].all()
+    x = np.array(bias(states[-2]))
+    index, _ = experiment.examples_at(2 * 399, 2)
+    memory = states[-2].reduction['memory']
+    direction = (x - targets[index] - memory[index]).mean(0) + memory.mean(0)
+    np.testing.assert_allclose(bias(states[-1]), x - 0.02 * direction, atol=1e-6)
+    # Filled at x itself, the memory's mean is the gradient, and the rest of the direction is zero.
+    filled = states[-2].replace(
+        reduction={
+            **states[-2].reduction,
+            'memory': (x - targets).astype(np.float32),
+            'sum': jax.tree.map(np.zeros_like, states[-2].reduction['sum'])
+            | {
+                next(iter(states[-2].params)): {
+                    'bias': (x - targets).sum(0).astype(np.float32),
+                    'kernel': np.zeros((4, 3), np.float32),
+                }
+            },
+        }
+    )
+    _, (moved,) = after_updates(config, 1, 800, filled)
+    np.testing.assert_allclose(bias(moved), x - 0.02 * (x - targets.mean(0)), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize('optimizer', ['svrg', 'dynasaga'])
+def test_a_stopped_run_ends_in_the_same_weights(tmp_path, optimizer):
+    """Stopped in the middle of a snapshot's updates; with stages, and several updates at once."""
+    config = digits(optimizer, 4, compile__updates_per_dispatch=3)
+    config.batch.update(dict(policy='adabatch', growth_epochs=1.0, max_size=8))
+    config.optimizer.svrg.update(dict(snapshot_epochs=0.4, first_size=16, mixed=True))
+    config.checkpoint_every_epochs = 0.5
+    whole = train(config, tmp_path / 'whole')
+
+    class Stop:
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked == 7
+
+    with pytest.raises(Exception, match='stopped and saved'):
+        train(config, tmp_path / 'stopped', Stop())
+    assert train(config, tmp_path / 'stopped')['params_digest'] == whole['params_digest']
+
+
+def test_evaluations_count_every_gradient(tmp_path):
+    config = digits('svrg', 4)
+    config.optimizer.svrg.snapshot_epochs = 0.5
+    train(config, tmp_path)
+    (*_, last) = (r for r in metrics.read_records(tmp_path) if r['kind'] == 'eval')
+    assert last['gradient_evaluations'] == 2 * 240 + 4 * 120
+    state = jax.device_get(train_state.restore(tmp_path))
+    penalty = 0.01 / 2 * np.sum(weights(state).astype(np.float64) ** 2)
+    assert last['objective'] == pytest.approx(last['loss'] + penalty, rel=1e-6)
+
+
+def suboptimality(folder, optimizer, seed, from_zero=False):
+    """Above the minimum of a generated problem with 2,000 examples, after each pass."""
+    config = digits(optimizer, 2, optimizer__saga__from_zero=from_zero)
+    config.seed, config.num_epochs = seed, 3.0
+    config.dataset.update(dict(name='synthetic', num_examples=2000, num_classes=4, image_size=2))
+    config.dataset.update(dict(train_split='train', eval_split='train'))
+    config.optimizer.update(dict(momentum=0.0))
+    config.learning_rate.effective = 0.08  # about 1 / L
+    config.compile.updates_per_dispatch = 50
+    config.checkpoint_every_epochs = 3.0
+    experiment = describe(resolve(config))
+    least = analysis.minimum(experiment, *analysis.fixed_examples(experiment, 2000))
+    train(config, folder)
+    evaluations = [r for r in metrics.read_records(folder) if r['kind'] == 'eval']
+    return [r['objective'] - least for r in evaluations]
+
+
+def test_dynasaga_is_ahead_of_saga_and_sgd_after_two_passes(tmp_path):
+    """Means over three seeds; SAGA from memories of zero as in its paper, and as ours."""
+    methods = {
+        'dynasaga': ('dynasaga', False),
+        'saga': ('saga', False),
+        'saga, from zero': ('saga', True),
+        'sgd': ('sgd', False),
+    }
+    found = {
+        name: np.mean(
+            [
+                suboptimality(tmp_path / f'{name}-{seed}', optimizer, seed, from_zero)
+                for seed in range(3)
+            ],
+            axis=0,
+        )
+        for name, (optimizer, from_zero) in methods.items()
+    }
+    assert (found['dynasaga'] > 0).all()
+    after_two, after_three = ({k: v[n] for k, v in found.items()} for n in (1, 2))
+    assert after_two['dynasaga'] < after_two['saga']
+    assert after_two['dynasaga'] < 0.5 * after_two['saga, from zero']
+    assert after_two['dynasaga'] < 0.1 * after_two['sgd']
+    assert after_three['dynasaga'] < 0.6 * after_three['saga']
+
+
+@pytest.mark.parametrize(
+    'optimizer, changes, message',
+    [
+        ('svrg', {'dataset.pipeline': 'tf_data'}, "pipeline: got 'tf_data'; accepted with optimizer"),
+        ('svrg', {'learning_rate.rule': 'armijo'}, "rule: got 'armijo'; accepted with optimizer 'svrg'"),
+        ('saga', {'model.name': 'cnn'}, "model.name: got 'cnn'; accepted with optimizer 'saga': linear"),
+        ('dynasaga', {'dataset.augment': 'pad_crop'}, "augment: got 'pad_crop'; accepted with"),
+        ('sgd', {'model.loss': 'huber'}, "model.loss: got 'huber'; accepted: cross_entropy"),
+        ('svrg', {'optimizer.svrg.growth_factor': 1.0}, 'growth_factor: got 1.0; accepted: a number'),
+    ],
+)
+def test_mistakes_name_the_key(optimizer, changes, message):
+    config = digits(optimizer)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as error:
+        describe(resolve(config))
+    assert message in str(error.value)
