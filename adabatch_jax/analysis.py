@@ -24,13 +24,14 @@ from adabatch_jax import (
     curvature,
     input_pipeline,
     losses,
+    metrics,
     optimizers,
     sharpness,
 )
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import Experiment, describe
 
-FILE = 'analysis.jsonl'  # in a work directory
+FILE = metrics.ANALYSIS_FILE
 
 
 class Loss:

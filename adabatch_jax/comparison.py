@@ -24,6 +24,8 @@ _NEEDED = {
     'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
     'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy'),
 }
+# What a difference of losses in float32 can tell from 0.
+RESOLUTION = 1e-7
 # How a run was carried out, not what it is.
 IGNORED = (*RUNTIME_KEYS, 'log_every_steps')
 
@@ -37,12 +39,14 @@ class Run:
       config: flat, ``{'batch.base_size': 128, ...}``; empty where it cannot be read.
       records: of ``metrics.jsonl``, see ``metrics.read_records``.
       skipped: what could not be read, a line each.
+      analysis: of its checkpoints, see ``analysis.analyze``; empty where that was not done.
     """
 
     directory: pathlib.Path
     config: dict[str, Any]
     records: list[Record]
     skipped: tuple[str, ...]
+    analysis: tuple[Record, ...] = ()
 
     def of_kind(self, kind: str) -> list[Record]:
         """The records of a kind, in order."""
@@ -62,28 +66,38 @@ class Run:
     def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         """Two fields of the records of a kind, where both are numbers.
 
-        ``error`` is 1 - accuracy, and ``noise_scale`` the quotient of ``gradient_variance`` and
-        ``squared_gradient`` where that is positive.
+        ``error`` is 1 - accuracy, ``noise_scale`` the quotient of ``gradient_variance`` and
+        ``squared_gradient`` where that is positive, and ``suboptimality`` the objective less its least
+        value, where that is known; ``RESOLUTION`` at least.
         """
         points = [
             (record[x], value)
             for record in self.of_kind(kind)
-            if record.get(x) is not None and (value := _field(record, y)) is not None
+            if record.get(x) is not None and (value := self._field(record, y)) is not None
         ]
         return tuple(
             np.array(values, float) for values in (zip(*points, strict=True) if points else ((), ()))
         )
 
+    def _field(self, record: Record, name: str) -> float | None:
+        if name == 'error':
+            accuracy = record.get('accuracy')
+            return None if accuracy is None else 1 - accuracy
+        if name == 'noise_scale':
+            variance, squared = record.get('gradient_variance'), record.get('squared_gradient')
+            return variance / squared if variance and squared and squared > 0 else None
+        if name == 'suboptimality':
+            least = self.minimum.get('optimum') if self.minimum else None
+            objective = record.get('objective')
+            known = least is not None and objective is not None
+            return max(objective - least, RESOLUTION) if known else None
+        value = record.get(name)
+        return value if isinstance(value, int | float) else None
 
-def _field(record: Record, name: str) -> float | None:
-    if name == 'error':
-        accuracy = record.get('accuracy')
-        return None if accuracy is None else 1 - accuracy
-    if name == 'noise_scale':
-        variance, squared = record.get('gradient_variance'), record.get('squared_gradient')
-        return variance / squared if variance and squared and squared > 0 else None
-    value = record.get(name)
-    return value if isinstance(value, int | float) else None
+    @property
+    def minimum(self) -> Record | None:
+        """The analysis of the latest checkpoint."""
+        return max(self.analysis, key=lambda record: record['step'], default=None)
 
 
 def read_run(directory: str | os.PathLike) -> Run:
@@ -111,7 +125,8 @@ def read_run(directory: str | os.PathLike) -> Run:
         raise ValueError(
             f'no run in {str(directory)!r}: neither {metrics.METRICS_FILE} nor {CONFIG_FILE}'
         )
-    return Run(directory, config, records, tuple(skipped))
+    analysis = tuple(metrics.read_analysis(directory))
+    return Run(directory, config, records, tuple(skipped), analysis)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,11 +74,41 @@ def lines(
         for position in line.marked:
             axes.axvline(position, color=look['color'], linestyle=':', linewidth=0.8, alpha=0.6)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    if axes.get_xlim()[1] >= 1e4:
+        from matplotlib.ticker import EngFormatter
+
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     if log_y:
         axes.set_yscale('log', base=2 if steps else 10)
         axes.yaxis.set_major_formatter('{x:,g}')
         low, high = axes.get_ylim()
         axes.yaxis.set_minor_formatter('{x:,g}' if high < 10 * low and not steps else '')
+    _legend(figure, axes)
+    return figure
+
+
+def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -> Any:
+    """A dot for each value of a group, and a bar at their mean.
+
+    Args:
+      groups: values by the label of their group; its place gives the style.
+      ylabel: with its unit.
+      log_y: whether the y axis is logarithmic.
+    """
+    figure, axes = _axes()
+    for number, (label, values) in enumerate(groups.items()):
+        look = {key: value for key, value in style(number).items() if key != 'linestyle'}
+        spread = [number + 0.06 * (k - (len(values) - 1) / 2) for k in range(len(values))]
+        hollow = {'markerfacecolor': 'none'} if number >= len(_COLORS) else {}
+        axes.plot(spread, values, label=label, linestyle='', markersize=6, **look, **hollow)
+        if values:
+            mean = sum(values) / len(values)
+            axes.hlines(mean, number - 0.3, number + 0.3, color=look['color'], linewidth=1.5)
+    axes.set(xlim=(-0.6, len(groups) - 0.4), xticks=[], ylabel=ylabel)
+    if log_y:
+        axes.set_yscale('log')
+    else:
+        axes.set_ylim(bottom=0)
     _legend(figure, axes)
     return figure
 

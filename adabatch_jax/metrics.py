@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 METRICS_FILE = 'metrics.jsonl'
+ANALYSIS_FILE = 'analysis.jsonl'  # see analysis.analyze
 
 
 class NoExamples(ValueError):
@@ -232,6 +233,12 @@ def read_records(
         latest.pop((kind, step), None)
         latest[kind, step] = record
     return sorted(latest.values(), key=lambda record: record['step'])
+
+
+def read_analysis(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """What ``--mode=analyze`` found, a record for each checkpoint; lines that are not whole left out."""
+    lines = _lines(pathlib.Path(workdir, ANALYSIS_FILE))
+    return [record for record in lines if record.get('kind') == 'analysis']
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,8 @@ def evaluation(run, result: dict[str, Any]) -> dict[str, Any]:
     loss is that of the training split.
     """
     config, state = run.experiment.config, run.state
-    evaluations = int(state.reduction.get('evaluations', run.examples_seen))
+    each = 2 if config.learning_rate.rule == 'barzilai_borwein' else 1  # before and after the step
+    evaluations = int(state.reduction.get('evaluations', each * run.examples_seen))
     fields = {'split': config.dataset.eval_split, **result, 'gradient_evaluations': evaluations}
     if config.dataset.eval_split == config.dataset.train_split:
         options, params = config.optimizer, jax.device_get(state.params)

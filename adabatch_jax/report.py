@@ -44,6 +44,8 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     if benchmark:
         with user_errors('--benchmark'):
             tables.append(passes_table(json.loads(pathlib.Path(benchmark).read_text())))
+    if any(run.minimum for g in groups for run in g.runs):
+        tables.append(minima_table(groups))
     tables += [stage_table(group) for group in groups]
     return Page(tables, all_figures(groups), [*notes(groups), *refused])
 
@@ -106,6 +108,54 @@ def passes_table(result: dict[str, Any]) -> Table:
     note = f'{on}, jax {result.get("versions", {}).get("jax", "?")}, apart from these runs.'
     columns = ('batch size', 'forward', 'backward', 'both')
     return Table('Passes of an epoch, times as fast', columns, rows, note)
+
+
+# What the table of minima shows: fields of the analysis of a run's latest checkpoint, and their form.
+_MINIMA = {
+    'loss': ('training loss', '.4g'),
+    'gradient_norm': ('norm of its gradient', '.3g'),
+    'hessian_trace': ('trace of the Hessian', '.4g'),
+}
+
+
+def minima(group: Group) -> dict[str, list[float]]:
+    """What is known of the minima of a group's runs: values by what they are."""
+    found: dict[str, list[float]] = {}
+    for record in (run.minimum for run in group.runs if run.minimum):
+        values = {name: record.get(key) for key, (name, _) in _MINIMA.items()}
+        for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
+            values[f'largest eigenvalue, {name}'] = next(
+                iter(record.get(f'{key}_eigenvalues', ())), None
+            )
+        for s in record.get('sharpness', ()):
+            values[f'sharpness, epsilon {s["epsilon"]:g} in {s["dimensions"]:,}'] = s['value']
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def minima_table(groups: Sequence[Group]) -> Table:
+    """Sharpness and curvature where the runs ended."""
+    found = [minima(group) for group in groups]
+    names = list(dict.fromkeys(name for values in found for name in values))
+    forms = dict(_MINIMA.values())
+    rows = [
+        (
+            group.label,
+            *(number(group.mean(values.get(name, ())), forms.get(name, '.3g')) for name in names),
+        )
+        for group, values in zip(groups, found, strict=True)
+    ]
+    records = [run.minimum for group in groups for run in group.runs if run.minimum]
+    counts = ' or '.join(f'{n:,}' for n in sorted({record['num_examples'] for record in records}))
+    note = (
+        f'At the latest checkpoint that was analyzed, on {counts} fixed training examples; means over '
+        'seeds, with the smallest and the largest. Sharpness: Keskar et al., 2017, in percent, in so '
+        'many dimensions. It depends on the scale of the weights, as eigenvalues do: compare equal '
+        'networks only.'
+    )
+    return Table('Minima', ('run', *names), rows, note)
 
 
 def stage_table(group: Group) -> Table:
@@ -185,16 +235,47 @@ def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
         )
     drawn = [curve(g, 'train', 'epoch', 'noise_scale') for g in groups]
     found['noise_scale_by_epoch'] = (drawn, 'epochs', 'noise scale, examples', {'log_y': True})
-    return {
+    drawn = [curve(g, 'eval', 'gradient_evaluations', 'suboptimality') for g in groups]
+    found['suboptimality_by_gradients'] = (
+        drawn,
+        'gradients of examples',
+        'objective above its least value',
+        {'log_y': True},
+    )
+    result = {
         name: figures.lines(drawn, xlabel, ylabel, **options)
         for name, (drawn, xlabel, ylabel, options) in found.items()
         if any(line is not None for line in drawn)
+    }
+    return result | minima_figures(groups)
+
+
+def minima_figures(groups: Sequence[Group]) -> dict[str, Any]:
+    """Sharpness and the largest eigenvalue of every run, by name."""
+    found = {group.label: minima(group) for group in groups}
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    sharpness = next((name for name in names if name.startswith('sharpness')), None)
+    chosen = {'sharpness': sharpness, 'largest_eigenvalue': 'largest eigenvalue, Hessian'}
+    drawn = {
+        key: ({label: values.get(name, []) for label, values in found.items()}, name)
+        for key, name in chosen.items()
+        if name in names
+    }
+    return {
+        key: figures.dots(
+            values, name.partition(' in ')[0], log_y=is_spread([v for vs in values.values() for v in vs])
+        )
+        for key, (values, name) in drawn.items()
     }
 
 
 def is_wide(drawn: Sequence[figures.Line | None]) -> bool:
     """Whether values are positive and lie so far apart that a logarithmic axis shows more."""
-    values = [y for line in drawn if line is not None for y in line.y]
+    return is_spread([y for line in drawn if line is not None for y in line.y])
+
+
+def is_spread(values: Sequence[float]) -> bool:
+    """Whether values are positive and the largest is many times the smallest."""
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 

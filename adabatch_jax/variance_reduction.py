@@ -267,9 +267,9 @@ class Saga:
     that one number for each class is all that has to be kept of it.
 
     An example that is seen for the first time has no ``a_i``. Its present gradient is taken for it, so
-    that it adds to the mean and brings no noise. With 0 instead, it would count twice, in ``f_i'(w)`` and
-    in the mean of others like it; where every second example is new, as in DynaSAGA, the noise is then
-    that of SGD until all are seen.
+    that it adds to the mean and brings no noise. With 0 instead it would count beside a mean that stands
+    for all examples already; where every second example is new, as in DynaSAGA, the noise is then that
+    of SGD until all are seen.
 
     Attributes:
       num_examples: N, of the data set.

@@ -38,6 +38,28 @@ def test_values_and_gradients_are_those_of_the_plain_operation(
         np.testing.assert_allclose(got / scale, plain / scale, atol=2e-5)
 
 
+@pytest.mark.parametrize('chunk_activations', [2**19, 2**12])
+@pytest.mark.parametrize('stride, kernel, padding', [(1, 3, 1), (2, 3, 1), (1, 1, 0), (2, 5, 2)])
+def test_second_derivatives_are_those_of_the_plain_operation(
+    stride, kernel, padding, chunk_activations, monkeypatch
+):
+    monkeypatch.setattr(conv, '_CHUNK_ACTIVATIONS', chunk_activations)
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(9, 8, 7, 3)), jnp.float32) for _ in range(2))
+    w, dw = (jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)), jnp.float32) for _ in range(2))
+
+    def product(function):
+        loss = lambda x, w: jnp.sum(jnp.sin(function(x, w, (stride, stride), padding)))  # noqa: E731
+        _, to_second = jax.vjp(jax.grad(loss, (0, 1)), x, w)
+        return to_second((dx, dw))
+
+    def ours(x, *args):
+        return conv.leave(conv._convolve_groups(conv.enter(x), *args))
+
+    for got, plain in zip(product(ours), product(conv._convolve), strict=True):
+        np.testing.assert_allclose(got, plain, atol=1e-5 * np.abs(plain).max())
+
+
 def test_layer_is_flax_convolution_with_the_same_parameters():
     x = jax.random.normal(jax.random.PRNGKey(1), (2, 9, 9, 3))
     ours = conv.Conv(5, (3, 3), (2, 2), padding=1)
