@@ -237,8 +237,8 @@ def read_records(
 
 def read_analysis(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """What ``--mode=analyze`` found, a record for each checkpoint; lines that are not whole left out."""
-    lines = _lines(pathlib.Path(workdir, ANALYSIS_FILE))
-    return [record for record in lines if record.get('kind') == 'analysis']
+    lines, needed = _lines(pathlib.Path(workdir, ANALYSIS_FILE)), {'step', 'num_examples', 'loss'}
+    return [record for record in lines if needed <= record.keys()]
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:

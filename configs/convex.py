@@ -2,8 +2,8 @@
 
 Softmax regression with a weight decay of 0.01 on scikit-learn's 1,437 handwritten digits of 64 pixels,
 or on 4,000 generated examples of 4 classes (4 x 4 x 3 pixels). What is evaluated is the training split,
-so that the objective goes to its least value, which ``--mode=analyze`` finds. Variants
-``PROBLEM_METHOD``, with PROBLEM ``digits`` or ``generated`` and METHOD one of
+so that the objective goes to its least value, which ``--mode=analyze`` finds. Variants:
+``digits_METHOD`` and ``generated_METHOD``, with METHOD one of
 
     sgd                  batches of 2
     friedlander_schmidt  SGD whose sample grows by 1.1 B + 1 with every update, from 2; step sizes by the
@@ -19,9 +19,12 @@ so that the objective goes to its least value, which ``--mode=analyze`` finds. V
 With batches of 2 the learning rate is 1 / 50, about 1 / L with L = max |x|^2 / 2; a batch that grows has
 less noise and so needs longer steps to gain anything, which are searched for.
 
-    python -m adabatch_jax.main --config=configs/convex.py:digits_svrg --workdir=runs/convex/digits_svrg
-    python -m adabatch_jax.main --mode=analyze --workdir=runs/convex/digits_svrg
+    python -m adabatch_jax.main --config=configs/convex.py:VARIANT --workdir=runs/convex/VARIANT
+    python -m adabatch_jax.main --mode=analyze --checkpoint=latest --workdir=runs/convex/VARIANT
     python -m adabatch_jax.report runs/convex/digits_*
+
+Expected: SGD with its constant rate stays about 0.01 above the least value; SVRG, SAGA and DynaSAGA come
+within 1e-7 of it, which is as far as float32 can tell, in 30 (SAGA) to 100 passes over the data.
 """
 
 from adabatch_jax.config import default_config
@@ -37,13 +40,13 @@ METHODS = (
     'dynasaga',
 )
 
+VARIANTS = [f'{problem}_{method}' for problem in ('digits', 'generated') for method in METHODS]
+
 
 def get_config(variant='digits_sgd'):
+    if variant not in VARIANTS:
+        raise ValueError(f'variant: got {variant!r}; accepted: {", ".join(VARIANTS)}')
     problem, _, method = variant.partition('_')
-    if problem not in ('digits', 'generated') or method not in METHODS:
-        raise ValueError(
-            f'variant: got {variant!r}; accepted: digits_ or generated_, and one of {", ".join(METHODS)}'
-        )
     config = default_config()
     config.num_epochs = 40.0
     config.eval_every_epochs = 0.5

@@ -283,7 +283,8 @@ def test_every_file_and_network_has_a_shrunken_run():
     def parts(name):
         return name.partition(':')[0], config_of(name).model.name
 
-    assert {parts(name) for name in SHRUNKEN} == {parts(name) for name in ALL}
+    small = {('convex', 'linear')}  # test_variance_reduction.py trains it
+    assert {parts(name) for name in SHRUNKEN} == {parts(name) for name in ALL} - small
 
 
 # ---------------------------------------------------------------------------------- the keys

@@ -74,7 +74,7 @@ def test_plan_prints_the_paper_protocol_and_writes_nothing(capsys, tmp_path, mon
 
 
 MISTAKES = {
-    '--config.nope=1': 'config.nope: unknown key; accepted: batch.base_size',
+    '--config.nope=1': 'config.nope: unknown key; accepted: analysis.batch_size',
     '--config.batch.bas_size=1': 'config.batch.bas_size: unknown key; accepted: batch.base_size',
     '--config.batch.base_size=eight': "config.batch.base_size: got 'eight'; accepted: a whole number",
     '--config.batch.base_size=8.5': "config.batch.base_size: got '8.5'; accepted: a whole number",

@@ -152,6 +152,69 @@ class Parser(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
 
+def analyzed(folder, step, sharpness, optimum=None):
+    """Adds an analysis of a checkpoint to a made-up run."""
+    record = {
+        'kind': 'analysis',
+        'step': step,
+        'num_examples': 40,
+        'loss': 0.25,
+        'gradient_norm': 0.5,
+        'sharpness': [{'epsilon': 1e-3, 'dimensions': 7000, 'value': sharpness}],
+        'hessian_eigenvalues': [2 * sharpness, 1.0],
+        'hessian_trace': 9.0,
+    }
+    with open(folder / 'analysis.jsonl', 'a') as file:
+        file.write(json.dumps(record | ({'optimum': optimum} if optimum is not None else {})) + '\n')
+
+
+def test_minima_are_compared_where_they_were_analyzed(runs):
+    for folder, sharpness in zip(runs, (4.0, 6.0, 1.0, 2.0), strict=False):  # the last one was not
+        analyzed(folder, 5, 99.0)
+        analyzed(folder, 20, sharpness)
+    page = report.page(runs)
+    (table,) = (table for table in page.tables if table.title == 'Minima')
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    name = 'sharpness, epsilon 0.001 in 7,000'
+    assert [row[name] for row in rows] == ['5 (4 to 6)', '1.5 (1 to 2)']
+    eigenvalue = 'largest eigenvalue, Hessian'
+    assert [row[eigenvalue] for row in rows] == ['10 (8 to 12)', '3 (2 to 4)']
+    assert '40 fixed training examples' in table.note
+    (axes,) = page.drawn['sharpness'].axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn == {'fixed': [4.0, 6.0], 'adabatch': [1.0, 2.0]}
+    assert 'largest_eigenvalue' in page.drawn
+
+
+def test_without_an_analysis_nothing_is_said_of_minima(runs):
+    page = report.page(runs)
+    assert not any(table.title == 'Minima' for table in page.tables)
+    assert not {'sharpness', 'largest_eigenvalue', 'suboptimality_by_gradients'} & page.drawn.keys()
+
+
+def test_a_damaged_analysis_is_left_out(runs):
+    (runs[0] / 'analysis.jsonl').write_text('{"kind": "anal')
+    assert comparison.read_run(runs[0]).minimum is None
+    (runs[0] / 'analysis.jsonl').write_text('{"kind": "analysis", "loss": 1.0}\n')
+    assert comparison.read_run(runs[0]).minimum is None
+
+
+def test_suboptimality_is_the_objective_above_its_least_value(tmp_path):
+    folder = write_run(tmp_path / 'run', sizes=(10, 10, 10))
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    for record, objective in zip(
+        (r for r in lines if r['kind'] == 'eval'), (0.75, 0.5 + 1e-3, 0.5 - 1e-9), strict=True
+    ):
+        record |= {'objective': objective, 'gradient_evaluations': 3 * record['examples_seen']}
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in lines))
+    analyzed(folder, 30, 1.0, optimum=0.5)
+    x, y = comparison.read_run(folder).curve('eval', 'gradient_evaluations', 'suboptimality')
+    assert list(x) == [300, 600, 900]
+    assert list(y) == pytest.approx([0.25, 1e-3, comparison.RESOLUTION])
+    (axes,) = report.page([folder]).drawn['suboptimality_by_gradients'].axes
+    assert axes.get_yscale() == 'log'
+
+
 def test_a_page_is_whole_and_needs_nothing_else(runs, tmp_path):
     out = tmp_path / 'page.html'
     assert report.main(['report', *map(str, runs), f'--out={out}']) == 0

@@ -24,7 +24,7 @@ FIELDS = {
         'accuracy',
         'examples_per_second',
     },
-    'eval': {'split', 'loss', 'accuracy', 'num_examples'},
+    'eval': {'split', 'loss', 'accuracy', 'num_examples', 'gradient_evaluations'},
     'stage': {
         'stage',
         'batch_size',
