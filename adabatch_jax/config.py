@@ -138,7 +138,7 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.beta2 = 0.999  # Adam, LAMB
     optimizer.epsilon = 1e-8  # added to denominators
     optimizer.svrg = svrg = ml_collections.ConfigDict()
-    svrg.snapshot_epochs = 1.0  # epochs between two snapshots
+    svrg.snapshot_passes = 1.0  # over as many examples as a snapshot has, until the next
     svrg.first_size = 0  # examples of the first, rounded up to the ladder; 0: the whole data set
     svrg.growth_factor = 2.0  # of that size, from one snapshot to the next
     svrg.error_decay = (
@@ -225,7 +225,7 @@ _POSITIVE = (
     'learning_rate.decay_factor',
     'learning_rate.power',
     'learning_rate.reference_batch_size',
-    'optimizer.svrg.snapshot_epochs',
+    'optimizer.svrg.snapshot_passes',
 )
 _NOT_NEGATIVE = (
     'seed',

@@ -275,7 +275,7 @@ def _reduced(experiment: Experiment) -> Experiment:
     lowest = config.batch.base_size
     snapshots = variance_reduction.Snapshots(
         info.num_train,
-        max(1, experiment.clock.examples(svrg.snapshot_epochs)),
+        svrg.snapshot_passes,
         svrg.first_size or info.num_train,
         svrg.growth_factor,
         svrg.error_decay,

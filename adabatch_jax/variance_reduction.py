@@ -21,7 +21,9 @@ same for ``f_i'(w)`` and ``f_i'(s)``: both are taken of the same images, with th
 with running statistics, which are estimated anew on B at each snapshot and then stay as they are.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -210,7 +212,7 @@ class Snapshots:
 
     Attributes:
       num_examples: N, of the data set.
-      interval: examples between two.
+      passes: from one to the next, in units of its batch: small ones are soon replaced.
       first_size: examples of the first.
       growth_factor: of the size, from one to the next.
       error_decay: rho; above 0 the sizes are those with which the error of mu falls by rho from one to
@@ -219,7 +221,7 @@ class Snapshots:
     """
 
     num_examples: int
-    interval: int
+    passes: float
     first_size: int
     growth_factor: float
     error_decay: float
@@ -227,7 +229,22 @@ class Snapshots:
 
     def number(self, examples_seen: int) -> int:
         """Of the snapshot that an update at a position goes by, from 0."""
-        return examples_seen // self.interval
+        if examples_seen >= self._starts[-1]:
+            return len(self._starts) - 1 + (examples_seen - self._starts[-1]) // self._interval(-1)
+        return bisect.bisect(self._starts, examples_seen) - 1
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """Where snapshots begin to be gone by, up to the first of all the data."""
+        starts = [0]
+        while self.size(number := len(starts) - 1) < self.num_examples:
+            starts.append(starts[-1] + self._interval(number))
+        return starts
+
+    def _interval(self, number: int) -> int:
+        """Examples from a snapshot to the next; of all the data for -1."""
+        size = self.num_examples if number < 0 else self.size(number)
+        return max(1, round(self.passes * size))
 
     def wanted(self, number: int) -> float:
         """The size of a snapshot before rounding.

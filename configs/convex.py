@@ -10,7 +10,7 @@ so that the objective goes to its least value, which ``--mode=analyze`` finds. V
                          Armijo rule, from 1 on
     norm_test            SGD whose batch grows by the norm test (Byrd et al.), from 2; step sizes by the
                          rule of Barzilai and Borwein
-    svrg                 batches of 2, snapshots of all the data every two epochs
+    svrg                 batches of 2, snapshots of all the data every two passes
     svrg_growing         the same with snapshots that double from 64 on
     svrg_mixed           that, and examples outside of the snapshot's batch without correction
     saga                 batches of 2, memory of all the data
@@ -74,7 +74,7 @@ def get_config(variant='digits_sgd'):
         config.learning_rate.rule = 'barzilai_borwein'
     if method.startswith('svrg'):
         config.optimizer.name = 'svrg'
-        config.optimizer.svrg.snapshot_epochs = 2.0
+        config.optimizer.svrg.snapshot_passes = 2.0
         config.optimizer.svrg.first_size = 0 if method == 'svrg' else 64
         config.optimizer.svrg.mixed = method == 'svrg_mixed'
     if method.endswith('saga'):

@@ -49,6 +49,15 @@ RUNS = {
         'dataset.pipeline': 'tf_data',
     },
     'noise scale': STATISTICAL | {'batch.policy': 'noise_scale'},
+    'svrg': {
+        'model.batch_norm': 'ghost:2',
+        'optimizer.name': 'svrg',
+        'optimizer.svrg.snapshot_passes': 1.2,
+        'optimizer.svrg.first_size': 16,
+        'optimizer.svrg.mixed': True,
+        'optimizer.svrg.skip_zeros': True,
+        'learning_rate.effective': 0.002,
+    },
     'goodput': STATISTICAL | {'batch.policy': 'goodput'},
     'probes': STATISTICAL
     | {

@@ -48,6 +48,7 @@ def points(tmp_path, batch_size=4, **changes):
         dict(name='npz', data_dir=str(tmp_path), train_split='train', eval_split='test')
     )
     config.optimizer.update(dict(momentum=0.0, weight_decay=0.0))
+    config.optimizer.svrg.snapshot_passes = 100.0  # one snapshot is all there is
     return config, np.eye(3)[labels]
 
 
@@ -76,13 +77,16 @@ def bias(state):
 
 
 def snapshots(first_size, growth_factor=2.0, error_decay=0.0, rungs=(8, 16, 32, 64, 128, 200)):
-    return variance_reduction.Snapshots(200, 50, first_size, growth_factor, error_decay, rungs)
+    return variance_reduction.Snapshots(200, 0.5, first_size, growth_factor, error_decay, rungs)
 
 
 def test_snapshots_double_until_they_hold_all_the_data():
     found = snapshots(8)
     assert [found.size(number) for number in range(8)] == [8, 16, 32, 64, 128, 200, 200, 200]
-    assert [found.number(seen) for seen in (0, 49, 50, 199)] == [0, 0, 1, 3]
+    # Half as many examples as they have until the next: 4, 8, 16, 32, 64, and from then on 100.
+    starts = [0, 4, 12, 28, 60, 124, 224, 324]
+    assert [found.number(start) for start in starts] == list(range(8))
+    assert [found.number(start - 1) for start in starts[1:]] == list(range(7))
     assert found.size(10**6) == 200  # no overflow
 
 
@@ -164,19 +168,20 @@ def weights(state):
 @pytest.mark.parametrize('mixed', [False, True])
 def test_svrg_is_that_of_an_independent_reference(mixed):
     """With momentum and weight decay, over three snapshots that grow, on two devices."""
-    config = digits('svrg', 8, optimizer__svrg__snapshot_epochs=0.25, optimizer__svrg__mixed=mixed)
+    config = digits('svrg', 8, optimizer__svrg__snapshot_passes=1.5, optimizer__svrg__mixed=mixed)
     config.optimizer.svrg.first_size = 12  # rounded up to 16, then 32, 64
     experiment, states = after_updates(config, 12)
     x, labels = features(experiment)
     w = buffer = np.zeros((65, 10))
     evaluations, number = 0, -1
     for k, state in enumerate(states):
-        if (start := 8 * k) // 30 != number:
-            number, there = start // 30, w
+        # 16, 32 and 64 examples, 24, 48 and 96 until the next.
+        if (at := np.searchsorted([24, 72], 8 * k, 'right')) != number:
+            number, there = int(at), w
             batch = experiment.snapshots.batch(0, number)
             mean = x[batch].T @ slopes(there, x[batch], labels[batch]) / len(batch)
             evaluations += len(batch)
-        index = order.examples_at(0, 120, start, 8)[0]
+        index = order.examples_at(0, 120, 8 * k, 8)[0]
         inside = np.isin(index, batch) if mixed else np.ones(8, bool)
         direction = x[index].T @ slopes(w, x[index], labels[index]) / 8
         direction -= x[index].T @ (inside[:, None] * slopes(there, x[index], labels[index])) / 8
@@ -235,7 +240,7 @@ def test_snapshots_leave_out_what_had_no_gradient_and_come_back_to_it():
     config = digits('svrg', 8, model__loss='hinge', optimizer__svrg__skip_zeros=True)
     config.learning_rate.effective = 0.05
     config.optimizer.momentum, config.num_epochs = 0.0, 40.0
-    config.optimizer.svrg.snapshot_epochs = 1.0
+    config.optimizer.svrg.snapshot_passes = 1.0
     experiment, states = after_updates(config, 15 * 30)
     x, labels = features(experiment)
     in_a_row, left = np.zeros(120, int), np.zeros(120, int)
@@ -359,7 +364,7 @@ def test_a_stopped_run_ends_in_the_same_weights(tmp_path, optimizer):
     """Stopped in the middle of a snapshot's updates; with stages, and several updates at once."""
     config = digits(optimizer, 4, compile__updates_per_dispatch=3)
     config.batch.update(dict(policy='adabatch', growth_epochs=1.0, max_size=8))
-    config.optimizer.svrg.update(dict(snapshot_epochs=0.4, first_size=16, mixed=True))
+    config.optimizer.svrg.update(dict(snapshot_passes=1.2, first_size=16, mixed=True))
     config.checkpoint_every_epochs = 0.5
     whole = train(config, tmp_path / 'whole')
 
@@ -377,7 +382,7 @@ def test_a_stopped_run_ends_in_the_same_weights(tmp_path, optimizer):
 
 def test_evaluations_count_every_gradient(tmp_path):
     config = digits('svrg', 4)
-    config.optimizer.svrg.snapshot_epochs = 0.5
+    config.optimizer.svrg.snapshot_passes = 0.5
     train(config, tmp_path)
     (*_, last) = (r for r in metrics.read_records(tmp_path) if r['kind'] == 'eval')
     assert last['gradient_evaluations'] == 2 * 240 + 4 * 120
