@@ -10,9 +10,9 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 
 
-def test_there_are_four():
+def test_there_are_five():
     assert [path.stem for path in NOTEBOOKS] == [
-        '1_quickstart', '2_schedules', '3_gradient_noise', '4_your_own',
+        '1_quickstart', '2_schedules', '3_gradient_noise', '4_your_own', '5_minima',
     ]  # fmt: skip
 
 
