@@ -11,9 +11,11 @@ or import the parts:
 - ``models``, ``optimizers``, ``input_pipeline``: networks, optax chains and data by name
 - ``train_state``, ``checkpoint``: the state of a run, restored and saved
 - ``steps``, ``gradient_statistics``, ``line_search``: the compiled train step and what it can measure
+- ``variance_reduction``, ``losses``: SVRG and SAGA, and what they minimise
 - ``distributed``: devices and processes
 - ``config``, ``experiment``, ``train``: a whole run from a config
 - ``comparison``, ``report``, ``figures``: runs read back, compared and drawn
+- ``analysis``, ``curvature``, ``sharpness``: the minima that runs find
 - ``benchmark``, ``scaling``: how fast steps are, and how runs scale with devices
 """
 

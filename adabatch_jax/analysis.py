@@ -41,12 +41,12 @@ class Loss:
       experiment: of the run.
       batch_stats: the running statistics to use throughout.
       images: uint8 ``[n, height, width, channels]``.
-      labels: int32 ``[n]``.
+      labels: int32 ``[n]``; examples with the label -1 are left out.
       batch_size: examples at once.
     """
 
     def __init__(self, experiment: Experiment, batch_stats: Any, images, labels, batch_size: int):
-        self._count, size = len(labels), min(batch_size, len(labels))
+        self._count, size = int(np.sum(labels >= 0)), min(batch_size, len(labels))
         missing = -len(labels) % size
         images = np.concatenate([images, images[:missing]]).reshape(-1, size, *images.shape[1:])
         labels = np.concatenate([labels, np.full(missing, -1, np.int32)]).reshape(-1, size)

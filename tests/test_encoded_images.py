@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from adabatch_jax import config as config_module
-from adabatch_jax import input_pipeline, metrics, schedules, train
+from adabatch_jax import analysis, input_pipeline, metrics, schedules, train
 from adabatch_jax.config import default_config, resolve, to_json
+from adabatch_jax.experiment import describe
 from adabatch_jax.input_pipeline import datasets, order
 
 tf = datasets.tensorflow()
@@ -113,6 +114,23 @@ def test_pixels_depend_on_the_example_and_epoch_not_on_the_batch_or_where_a_run_
         for ids in [order.examples_at(0, 15, part.start, 15)[0]]
     )
     assert np.mean([(first[k] != second[k]).any() for k in range(15)]) > 0.8
+
+
+def test_what_is_analyzed_is_the_same_for_every_seed_and_not_augmented(folder):
+    def fixed(seed):
+        config = default_config()
+        config.seed, config.model.name = seed, 'cnn'
+        config.dataset.update(_dataset(folder, augment='random_resized_crop'))
+        config.batch.update(dict(policy='fixed', base_size=4))
+        return analysis.fixed_examples(describe(resolve(config)), 8)
+
+    (images, labels), (again, _) = fixed(0), fixed(5)
+    np.testing.assert_array_equal(images, again)
+    assert images.shape == (8, SIDE, SIDE, 3) and len(set(labels)) == 3
+    plain = make_pipeline(folder, **{'dataset.augment': 'none'})
+    (whole,) = take(plain, 0, 15, 1)
+    everything = {image.tobytes() for image in whole['image']}
+    assert {image.tobytes() for image in images} <= everything
 
 
 def test_parts_of_a_batch_hold_the_next_rows_of_every_device(folder):

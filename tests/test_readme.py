@@ -56,7 +56,12 @@ def test_training_commands_run_one_after_the_other_but_shorter(tmp_path, monkeyp
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     shorter = ['--config.num_epochs=0.25', '--config.model.name=cnn', '--config.log_every_steps=5']
     made_up = ['--config.dataset.name=synthetic', '--config.dataset.num_examples=10240']
-    elsewhere = ('--sweep', '--benchmark', '--num_processes', '--mode=analyze')  # which have tests of their own
+    elsewhere = (
+        '--sweep',
+        '--benchmark',
+        '--num_processes',
+        '--mode=analyze',
+    )  # which have tests of their own
     ran = 0
     for command in COMMANDS:
         if any(argument.startswith(elsewhere) for argument in command):
