@@ -157,7 +157,7 @@ def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.n
         )
         chosen = np.random.default_rng(0).permutation(n)[:count]
         return images[chosen], labels[chosen]
-    config = config.copy_and_resolve_references().unlock()
+    config = config.as_configdict()
     config.seed, config.dataset.augment = 0, 'none'
     pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
     with contextlib.closing(pipeline):

@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from adabatch_jax import config as config_module
 from adabatch_jax import analysis, input_pipeline, metrics, schedules, train
+from adabatch_jax import config as config_module
 from adabatch_jax.config import default_config, resolve, to_json
 from adabatch_jax.experiment import describe
 from adabatch_jax.input_pipeline import datasets, order
