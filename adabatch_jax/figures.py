@@ -108,7 +108,7 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
     if log_y:
         axes.set_yscale('log')
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max((v for values in groups.values() for v in values), default=1))
     _legend(figure, axes)
     return figure
 

@@ -81,14 +81,21 @@ def comparison_table(groups: Sequence[Group]) -> Table:
             )
         )
     columns = (
-        'run', 'finished', 'batch size', 'epochs', 'updates', 'test accuracy, %', 'against the first, %',
-        'training, s an epoch', 'training, s', 'speed-up', 'speed-up, wall',
+        'run', 'finished', 'batch size', 'epochs', 'updates', f'{evaluated(groups)} accuracy, %',
+        'against the first, %', 'training, s an epoch', 'training, s', 'speed-up', 'speed-up, wall',
     )  # fmt: skip
     note = (
         'Means over seeds, with the smallest and the largest. Training: forward, backward and update, '
         'without evaluation, checkpoints and waiting for compilation; speed-ups are over the first run.'
     )
     return Table('Comparison', columns, rows, note)
+
+
+def evaluated(groups: Sequence[Group]) -> str:
+    """The split that runs were evaluated on, without its slice; ``'test'`` where that differs."""
+    records = [r for group in groups for run in group.runs for r in run.of_kind('eval')]
+    splits = {str(record.get('split')).partition('[')[0] for record in records}
+    return splits.pop() if len(splits) == 1 else 'test'
 
 
 def passes_table(result: dict[str, Any]) -> Table:
@@ -214,8 +221,8 @@ def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
     }
     found = {}
     for kind, y, name, ylabel, scale in (
-        ('eval', 'error', 'error', 'test error, %', 100),
-        ('eval', 'loss', 'test_loss', 'test loss', 1),
+        ('eval', 'error', 'error', f'{evaluated(groups)} error, %', 100),
+        ('eval', 'loss', 'test_loss', f'{evaluated(groups)} loss', 1),
         ('train', 'loss', 'training_loss', 'training loss', 1),
     ):
         for axis, (x, xlabel, unit_) in axes.items():

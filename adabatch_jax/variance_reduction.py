@@ -265,7 +265,8 @@ class Snapshots:
     def size(self, number: int) -> int:
         """Examples of a snapshot."""
         wanted = self.wanted(number) * (1 - 1e-12)  # powers are not exact
-        return next((rung for rung in self.rungs if rung >= wanted), self.num_examples)
+        fitting = (rung for rung in self.rungs if wanted <= rung < self.num_examples)
+        return next(fitting, self.num_examples)
 
     def batch(self, seed: int, number: int) -> np.ndarray:
         """Which examples, int64 ``[size]``: a random part of the data set, without replacement."""
