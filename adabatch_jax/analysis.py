@@ -1,14 +1,16 @@
 """What the checkpoints of a run say of the minimum that it found: sharpness and curvature.
 
 All of it on one fixed subset of the training split, without augmentation, with running BatchNorm
-statistics and without dropout, on the first device, in float32, with losses and gradients added up in
-float64.
+statistics and without dropout, on the first device, in float32 whatever the model's dtype is. Losses of
+examples, and the gradients of batches, are added up in float64.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import time
@@ -21,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from adabatch_jax import (
     checkpoint,
+    compilation_cache,
     curvature,
     input_pipeline,
     losses,
@@ -51,47 +54,65 @@ class Loss:
         images = np.concatenate([images, images[:missing]]).reshape(-1, size, *images.shape[1:])
         labels = np.concatenate([labels, np.full(missing, -1, np.int32)]).reshape(-1, size)
         self._batches = [tuple(map(jnp.asarray, batch)) for batch in zip(images, labels, strict=True)]
-        spec = experiment.eval_spec
+        self._batch_stats, spec = batch_stats, experiment.eval_spec
+        model = spec.model.clone(dtype=jnp.float32)
 
-        def outputs(images, params):
+        def outputs(images, batch_stats, params):
             variables = {'params': params, 'batch_stats': batch_stats}
-            return spec.model.apply(variables, spec.normalize(images), train=False)
+            return model.apply(variables, spec.normalize(images), train=False)
 
         def of_outputs(labels, logits):
-            return jnp.sum(losses.of_examples(spec.loss, logits, labels) * (labels >= 0))
+            each = losses.of_examples(spec.loss, logits, labels) * (labels >= 0)
+            return jnp.sum(each), each
 
-        def total(images, labels, params):
-            return of_outputs(labels, outputs(images, params))
+        def total(images, labels, batch_stats, params):
+            return of_outputs(labels, outputs(images, batch_stats, params))
 
-        def gauss_newton(images, labels, params, vector):
-            z, loss = functools.partial(outputs, images), functools.partial(of_outputs, labels)
+        def gauss_newton(images, labels, batch_stats, params, vector):
+            def loss(z):
+                return of_outputs(labels, z)[0]
+
+            z = functools.partial(outputs, images, batch_stats)
             return curvature.gauss_newton_product(z, loss, params, vector)
 
-        def hessian(images, labels, params, vector):
-            loss = functools.partial(total, images, labels)
+        def hessian(images, labels, batch_stats, params, vector):
+            def loss(params):
+                return total(images, labels, batch_stats, params)[0]
+
             return curvature.hessian_product(loss, params, vector)
 
-        self._value_and_grad = jax.jit(jax.value_and_grad(total, argnums=2))
+        self._value_and_grad = jax.jit(jax.value_and_grad(total, argnums=3, has_aux=True))
         self._hessian, self._gauss_newton = jax.jit(hessian), jax.jit(gauss_newton)
 
-    def _mean(self, function, *args):
-        """Of a function of a batch that gives sums, in float64."""
+    def at(self, batch_stats: Any) -> 'Loss':
+        """The same loss with other running statistics; nothing is compiled again."""
+        other = copy.copy(self)
+        other._batch_stats = batch_stats
+        return other
+
+    def _parts(self, function, *args) -> list:
+        """A function of each batch, on the host."""
         with jax.default_matmul_precision('highest'):
-            parts = [jax.device_get(function(*batch, *args)) for batch in self._batches]
+            return [jax.device_get(function(*b, self._batch_stats, *args)) for b in self._batches]
+
+    def _mean(self, parts: list) -> Any:
+        """Of sums over the batches, in float64."""
         sums = jax.tree.map(lambda *x: np.sum(np.stack(x), 0, dtype=np.float64), *parts)
         return jax.tree.map(lambda x: x / self._count, sums)
 
     def value_and_grad(self, params: Any) -> tuple[float, Any]:
         """The loss, and a pytree of float64 arrays."""
-        return self._mean(self._value_and_grad, params)
+        parts = self._parts(self._value_and_grad, params)
+        each = np.concatenate([each for (_, each), _ in parts])
+        return np.sum(each, dtype=np.float64) / self._count, self._mean([grads for _, grads in parts])
 
     def hessian_product(self, params: Any, vector: Any) -> Any:
         """``H v``, a pytree of float64 arrays."""
-        return self._mean(self._hessian, params, vector)
+        return self._mean(self._parts(self._hessian, params, vector))
 
     def gauss_newton_product(self, params: Any, vector: Any) -> Any:
         """``J' H_z J v``, a pytree of float64 arrays."""
-        return self._mean(self._gauss_newton, params, vector)
+        return self._mean(self._parts(self._gauss_newton, params, vector))
 
 
 def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict[str, Any]]:
@@ -108,6 +129,7 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
     Raises:
       ConfigError: no run there, or no data.
     """
+    compilation_cache.enable(config.compile.cache_dir)
     workdir, experiment = pathlib.Path(workdir), describe(config)
     folder = workdir / checkpoint.FOLDER
     steps, best = checkpoint.steps(folder), checkpoint.best_step(folder)
@@ -117,13 +139,13 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
         raise ConfigError(f'workdir: no {"evaluated " * (which == "best")}checkpoint in {str(folder)!r}')
     with user_errors('config.dataset'):
         images, labels = fixed_examples(experiment, config.analysis.num_examples)
-    target = experiment.initial_state()
+    target, options = experiment.initial_state(), config.analysis
+    loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
     records = []
     for step in steps:
         with user_errors('workdir'):
             state, host = checkpoint.restore(folder, step, target)
         began = time.perf_counter()
-        loss = Loss(experiment, state.batch_stats, images, labels, config.analysis.batch_size)
         records.append(
             {
                 'kind': 'analysis',
@@ -132,19 +154,28 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
                 'examples_seen': int(state.examples_seen),
                 'batch_size': host['batch_size'],
                 'num_examples': len(labels),
-                **measure(loss, state.params, config.analysis),
+                **measure(loss.at(state.batch_stats), state.params, options),
                 'seconds': time.perf_counter() - began,
             }
         )
-    if config.model.name == 'linear':
-        with user_errors('config.dataset'):
-            optimum = minimum(experiment, *fixed_examples(experiment, experiment.info.num_train))
-        records = [record | {'optimum': optimum} for record in records]
+    if config.model.name == 'linear' and not experiment.info.is_encoded:
+        optimum = minimum(experiment, *fixed_examples(experiment, experiment.info.num_train))
+        if optimum is not None:
+            records = [record | {'optimum': optimum} for record in records]
     with user_errors('workdir'):
         temporary = workdir / f'.{FILE}'
-        temporary.write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+        temporary.write_text(''.join(f'{json.dumps(_finite(record))}\n' for record in records))
         temporary.replace(workdir / FILE)
     return records
+
+
+def _finite(value: Any) -> Any:
+    """JSON has null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +188,8 @@ def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.n
         )
         chosen = np.random.default_rng(0).permutation(n)[:count]
         return images[chosen], labels[chosen]
+    if jax.process_count() > 1:
+        raise ConfigError('--num_processes: analyze takes images on disk in one process only')
     config = config.as_configdict()
     config.seed, config.dataset.augment = 0, 'none'
     pipeline = input_pipeline.create(config, experiment.info, experiment.clock)
@@ -176,7 +209,7 @@ def measure(loss: Loss, params: Any, options) -> dict[str, Any]:
     }
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     for epsilon in options.epsilons:
-        for dimensions in sorted({0, min(options.subspace, size)}):
+        for dimensions in sorted({0, options.subspace if options.subspace < size else 0}):
             result = sharpness.sharpness(
                 loss.value_and_grad, params, epsilon, dimensions, options.iterations
             )
@@ -200,10 +233,10 @@ def measure(loss: Loss, params: Any, options) -> dict[str, Any]:
     return found
 
 
-def minimum(experiment: Experiment, images: np.ndarray, labels: np.ndarray) -> float:
-    """The least value of a linear model's objective: its mean loss and the term of weight decay.
+def minimum(experiment: Experiment, images: np.ndarray, labels: np.ndarray) -> float | None:
+    """The least value of a linear model's objective: its mean loss and SGD's term of weight decay.
 
-    By L-BFGS in float64, until the gradient is down to rounding.
+    By L-BFGS in float64; None where the gradient does not come down to 1e-6.
     """
     from scipy import optimize
 
@@ -229,4 +262,4 @@ def minimum(experiment: Experiment, images: np.ndarray, labels: np.ndarray) -> f
             method='L-BFGS-B',
             options={'maxiter': 100_000, 'maxfun': 200_000, 'gtol': 1e-12, 'ftol': 0.0, 'maxcor': 50},
         )
-    return float(best.fun)
+    return float(best.fun) if np.linalg.norm(best.jac) < 1e-6 else None

@@ -314,6 +314,8 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
     measured = timing.measure(experiment, sizes, values.repeats, pipeline)
     relative, predicted = relative_epochs(measured), prediction(config, experiment, measured)
     terminal.print_benchmark(measured, relative, predicted)
+    if experiment.snapshots:
+        terminal.say('Not counted: the snapshots of SVRG, a gradient for each of their examples.')
     return {
         'input': values.input,
         'repeats': values.repeats,

@@ -324,6 +324,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     averages = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2', 'batch.statistics.decay')
     averages += ('optimizer.svrg.error_decay',)
     check(averages, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
+    check(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:

@@ -44,13 +44,10 @@ class Eigenvalues(NamedTuple):
         first.
       residuals: float64 ``[num_steps]``, ``|A y - value y|`` for the unit vector y that belongs to each:
         there is an eigenvalue no farther away than that. Not below the rounding of the products.
-      weights: float64 ``[num_steps]``, the squared part of the first vector along each; they add up to
-        1, and values and weights are a quadrature of the spectrum.
     """
 
     values: np.ndarray
     residuals: np.ndarray
-    weights: np.ndarray
 
 
 class Trace(NamedTuple):
@@ -108,7 +105,7 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
     num_steps = min(num_steps, size)
     basis = np.zeros((num_steps, size))
     diagonal, beside = np.zeros(num_steps), np.zeros(num_steps)  # of the tridiagonal matrix
-    basis[0] = _unit(rng.normal(size=size))
+    basis[0], dropped = _unit(rng.normal(size=size)), 0.0
     for k in range(num_steps):
         result = product(unravel(np.asarray(basis[k], flat.dtype)))
         following = np.asarray(ravel_pytree(result)[0], np.float64)
@@ -120,7 +117,7 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
         if k + 1 == num_steps:
             break
         if beside[k] <= _INVARIANT * max(scale, np.abs(diagonal[: k + 1]).max()):
-            beside[k] = 0.0
+            dropped, beside[k] = max(dropped, beside[k]), 0.0
             following = rng.normal(size=size)
             for _ in range(2):
                 following -= basis[: k + 1].T @ (basis[: k + 1] @ following)
@@ -129,8 +126,8 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
     values, vectors = np.linalg.eigh(matrix)
     last = beside[-1] if num_steps < size else 0.0
     rounding = np.finfo(flat.dtype).eps * np.abs(values).max()
-    residuals = np.maximum(last * np.abs(vectors[-1]), rounding)
-    return Eigenvalues(values[::-1], residuals[::-1], vectors[0, ::-1] ** 2)
+    residuals = np.maximum(last * np.abs(vectors[-1]), rounding) + dropped
+    return Eigenvalues(values[::-1], residuals[::-1])
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -219,6 +219,11 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         policy = policies.create(config, rate, clock)
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
+        if config.model.batch_norm == 'frozen':
+            raise ValueError(
+                "batch_norm: got 'frozen', with which nothing is normalised; accepted: local, sync, or "
+                'ghost:N'
+            )
     with user_errors('config.batch'):
         largest = config.batch.max_per_device or policy.max_per_device
         plan = _plan(clock, policy, rate, largest, group, num_devices or jax.device_count())
@@ -282,8 +287,14 @@ def _reduced(experiment: Experiment) -> Experiment:
         schedules.ladder(lowest, config.batch.growth_factor, max(lowest, info.num_train)),
     )
     total = experiment.clock.total_examples
-    numbers = range(snapshots.number(total - 1) + 1)
-    sizes = [snapshots.size(number) for number in numbers]
+    with user_errors('config.optimizer.svrg'):
+        last = snapshots.number(total - 1)
+        if last >= variance_reduction.MOST_SNAPSHOTS:
+            raise ValueError(
+                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; accepted: '
+                f'what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
+            )
+    sizes = [snapshots.size(number) for number in range(last + 1)]
     policy.note = (
         f'{policy.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
         f'{2 * total + sum(sizes):,} gradients of examples at most.'

@@ -6,6 +6,7 @@ of its own. Nothing here needs a display.
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -91,11 +92,14 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
     """A dot for each value of a group, and a bar at their mean.
 
     Args:
-      groups: values by the label of their group; its place gives the style.
+      groups: values by the label of their group, those that are finite are drawn; its place gives the
+        style.
       ylabel: with its unit.
       log_y: whether the y axis is logarithmic.
     """
     figure, axes = _axes()
+    groups = {label: [v for v in values if math.isfinite(v)] for label, values in groups.items()}
+    highest = max((v for values in groups.values() for v in values), default=0)
     for number, (label, values) in enumerate(groups.items()):
         look = {key: value for key, value in style(number).items() if key != 'linestyle'}
         spread = [number + 0.06 * (k - (len(values) - 1) / 2) for k in range(len(values))]
@@ -107,8 +111,8 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
     axes.set(xlim=(-0.6, len(groups) - 0.4), xticks=[], ylabel=ylabel)
     if log_y:
         axes.set_yscale('log')
-    else:
-        axes.set_ylim(0, 1.1 * max((v for values in groups.values() for v in values), default=1))
+    elif highest > 0:
+        axes.set_ylim(0, 1.1 * highest)
     _legend(figure, axes)
     return figure
 

@@ -22,26 +22,25 @@ from typing import Any
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-EPSILONS = (1e-3, 5e-4)  # the paper's
-ITERATIONS = 10
-
 
 def sharpness(
     value_and_grad: Callable[[Any], tuple[float, Any]],
     params: Any,
     epsilon: float,
     dimensions: int = 0,
-    iterations: int = ITERATIONS,
+    iterations: int = 10,
     seed: int = 0,
 ) -> float:
-    """The sharpness of a loss at a point, in percent of ``1 + f``; 0 or more.
+    """The sharpness of a loss at a point, in percent of ``1 + f``.
+
+    0 or more; infinite where the loss in the box is not finite.
 
     Args:
       value_and_grad: f and its gradient, of a pytree of parameters. At a small ``epsilon`` f differs
         little within the box: add up losses in float64, see ``analysis.Loss``.
       params: x.
       epsilon: size of the box.
-      dimensions: p, of a random subspace; 0 for the whole space.
+      dimensions: p, of a random subspace, whose matrix takes 4 n p bytes; 0 for the whole space.
       iterations: of L-BFGS-B.
       seed: of the subspace and of the point where the search begins.
 
@@ -57,7 +56,7 @@ def sharpness(
         raise ValueError(f'epsilon: got {epsilon}; accepted: a positive number')
     if not 0 <= dimensions <= x.size:
         raise ValueError(f'dimensions: got {dimensions}; accepted: 0 to {x.size}, the parameters')
-    matrix = rng.standard_normal((x.size, dimensions)) if dimensions else None
+    matrix = rng.standard_normal((x.size, dimensions), np.float32) if dimensions else None
     inside = x if matrix is None else np.linalg.solve(matrix.T @ matrix, matrix.T @ x)
     bounds = epsilon * (np.abs(inside) + 1)
 
@@ -76,4 +75,5 @@ def sharpness(
         bounds=optimize.Bounds(-bounds, bounds),
         options={'maxiter': iterations},
     )
-    return 100 * max(0.0, -float(found.fun) - here) / (1 + here)
+    rise = -float(found.fun) - here
+    return 100 * max(0.0, rise) / (1 + here) if np.isfinite(rise) else np.inf

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ class Stream:
 
     steps: dict[int, steps.CompiledStep]
     take: Callable[[Sequence[Update]], Any]
-    snapshot: Callable[[TrainState, Update], TrainState] | None = None
+    snapshot: 'Snapshotter | None' = None
 
     def update(
         self, state: TrainState, batch: Any, updates: Sequence[Update], learning_rates: Sequence[float]
@@ -45,17 +45,21 @@ class Stream:
     @property
     def compile_seconds(self) -> float:
         """Seconds of compiling its steps."""
-        return sum(step.compile_seconds for step in self.steps.values())
+        return sum(step.compile_seconds for step in self._compiled)
 
     @property
     def cache_hit(self) -> bool:
         """Whether nothing had to be compiled."""
-        return all(step.cache_hit for step in self.steps.values())
+        return all(step.cache_hit for step in self._compiled)
 
     @property
     def memory_bytes(self) -> int:
         """Memory of one device while a step runs."""
-        return max(step.memory_bytes for step in self.steps.values())
+        return max(step.memory_bytes for step in self._compiled)
+
+    @property
+    def _compiled(self) -> list[steps.CompiledStep]:
+        return [*self.steps.values(), *([self.snapshot.step] if self.snapshot else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +107,15 @@ class EffectiveRates:
 
 
 class Snapshotter:
-    """Takes the snapshots of a stage for variance reduction."""
+    """Takes the snapshots of a stage for variance reduction.
+
+    Attributes:
+      step: the compiled step that makes them.
+    """
 
     def __init__(self, experiment: Experiment, pipeline, batch_size: int):
         self._experiment, self._pipeline, self._batch_size = experiment, pipeline, batch_size
-        self._step = steps.CACHE.get(experiment.snapshot_spec(batch_size)).executable
+        self.step = steps.CACHE.get(experiment.snapshot_spec(batch_size))
         self._taken: int | None = None  # number of the last one
 
     def __call__(self, state: TrainState, update: Update) -> TrainState:
@@ -126,15 +134,24 @@ class Snapshotter:
         in_batch[batch] = True
         if self._experiment.reduction.skip:
             skipped = in_batch & (np.asarray(state.reduction['skips_left']) > 0)
-        evaluated = batch[~skipped[batch]]
-        missing = -len(evaluated) % self._batch_size or (0 if len(evaluated) else self._batch_size)
-        # What fills the last part up is marked by its complement.
-        parts = np.concatenate([evaluated, ~np.resize(batch, missing)]).reshape(-1, self._batch_size)
-        parts = [self._pipeline.take_examples(part, epoch) for part in parts]
-        abouts = (
-            self._step.about(number, k == 0, len(batch), in_batch, skipped) for k in range(len(parts))
-        )
-        return self._step(state, parts, abouts, distributed.put_everywhere)
+        step, put = self.step.executable, distributed.put_everywhere
+        whole = batch[: len(batch) // self._batch_size * self._batch_size]  # as in training
+        state = step.estimate(state, self._parts(whole if len(whole) else batch, epoch), put)
+        about = {
+            'number': np.int32(number),
+            'size': np.float32(len(batch)),
+            'in_batch': in_batch,
+            'skipped': skipped,
+        }
+        return step(state, self._parts(batch[~skipped[batch]], epoch), about, put)
+
+    def _parts(self, examples: np.ndarray, epoch: int) -> Iterator[Any]:
+        """Examples in parts of the batch size; the last is filled up, marked by their complements."""
+        size = self._batch_size
+        missing = -len(examples) % size if len(examples) else size
+        filled = np.concatenate([examples, ~np.resize(examples if len(examples) else [0], missing)])
+        for part in filled.reshape(-1, size):
+            yield self._pipeline.take_examples(part, epoch)
 
 
 def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:

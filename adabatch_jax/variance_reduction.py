@@ -35,6 +35,7 @@ from jax import lax
 
 from adabatch_jax import losses
 
+MOST_SNAPSHOTS = 100_000  # of a run
 Reduced = dict[str, Any]  # what variance reduction keeps in the train state
 Predict = Callable[[Any, Any], tuple[jax.Array, 'Outputs']]  # of parameters and a microbatch: logits
 
@@ -65,6 +66,13 @@ def _gradient(predict: Predict, loss: str) -> Callable:
     return jax.grad(mean, has_aux=True)
 
 
+def real_examples(microbatch: tuple[jax.Array, dict]) -> tuple[jax.Array, dict]:
+    """A microbatch of a snapshot, in which a complement stands for an example that only fills it up."""
+    number, examples = microbatch
+    index = examples['example']
+    return number, {**examples, 'example': jnp.where(index >= 0, index, ~index)}
+
+
 # ------------------------------------------------------------------------------------ SVRG
 
 
@@ -85,7 +93,7 @@ class Svrg:
     mixed: bool = False
     skip: bool = False
     estimator: Any = None
-    momentum: float = 0.9
+    momentum: float = 0.0
 
     def init(self, params: Any, num_classes: int) -> Reduced:
         """Before the first snapshot."""
@@ -169,11 +177,9 @@ class Svrg:
         gradient = _gradient(predict, loss)
 
         def add(total, microbatch):
-            number, examples = microbatch
-            index = examples['example']
+            index = microbatch[1]['example']
             weights = (index >= 0).astype(jnp.float32)
-            examples = {**examples, 'example': jnp.where(index >= 0, index, ~index)}
-            grads, outputs = gradient(state.params, (number, examples), weights)
+            grads, outputs = gradient(state.params, real_examples(microbatch), weights)
             total = jax.tree.map(lambda t, g: t + len(index) * g, total, grads)
             slopes = losses.residuals(loss, outputs.logits, outputs.labels)
             return total, (index, jnp.all(slopes == 0, -1))
@@ -239,6 +245,12 @@ class Snapshots:
         starts = [0]
         while self.size(number := len(starts) - 1) < self.num_examples:
             starts.append(starts[-1] + self._interval(number))
+            if len(starts) > MOST_SNAPSHOTS:
+                raise ValueError(
+                    f'growth_factor: got {self.growth_factor} with error_decay {self.error_decay} and '
+                    f'first_size {self.first_size}: snapshots hold all the data after more than '
+                    f'{MOST_SNAPSHOTS:,} only; let them grow faster'
+                )
         return starts
 
     def _interval(self, number: int) -> int:

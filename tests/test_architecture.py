@@ -21,8 +21,8 @@ ALLOWED = {
     'sharpness': set(),
     'variance_reduction': {'losses'},
     'analysis': {
-        'checkpoint', 'config', 'curvature', 'experiment', 'input_pipeline', 'losses', 'metrics',
-        'optimizers', 'sharpness',
+        'checkpoint', 'compilation_cache', 'config', 'curvature', 'experiment', 'input_pipeline',
+        'losses', 'metrics', 'optimizers', 'sharpness',
     },
     'models': set(),
     'metrics': set(),

@@ -211,7 +211,7 @@ def test_sharpness_of_a_quadratic_is_the_closed_form(epsilon):
 def test_sharpness_in_a_subspace_is_that_of_its_box():
     """With one dimension the maximum is at an end of a segment that can be worked out."""
     h, c, x = np.array([1.0, 5, 2]), 0.3, np.array([0.4, -1, 2], np.float32)
-    direction = np.random.default_rng(0).standard_normal((3, 1))[:, 0]
+    direction = np.random.default_rng(0).standard_normal((3, 1), np.float32)[:, 0]
     inside = direction @ x / (direction @ direction)
     reach = 1e-3 * (abs(inside) + 1)
     value = quadratic(h, c)

@@ -23,7 +23,7 @@ from adabatch_jax.steps.pure import (
     train_steps,
     zero_totals,
 )
-from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
+from adabatch_jax.steps.spec import AXIS_NAME, StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,40 +143,42 @@ class SnapshotStep:
     """Takes a snapshot for variance reduction, part by part of its batch.
 
     A part has as many examples as the batches of a stage, so that the snapshots of a stage are made by
-    one executable, of whatever size they are.
+    one executable, of whatever size they are. The host waits for each: of many that wait for one
+    another, the devices of a CPU may begin different ones, and then wait for ever.
     """
 
     def __init__(self, spec: StepSpec):
         state, batch, *_ = _shapes(spec)
-        about = jax.eval_shape(
-            lambda: self.about(0, True, 1, *[np.zeros(spec.reduction.num_examples, bool)] * 2)
-        )
+        of_examples = jax.ShapeDtypeStruct((spec.reduction.num_examples,), bool)
+        about = {
+            'number': jax.ShapeDtypeStruct((), jnp.int32),
+            'first': jax.ShapeDtypeStruct((), bool),
+            'size': jax.ShapeDtypeStruct((), jnp.float32),
+            'in_batch': of_examples,
+            'skipped': of_examples,
+        }
         axes = (None, _batch_axes(spec), None)
-        self._add = _compile((state, batch, about), functools.partial(snapshot, spec), axes, donate=0)
+        compile_ = functools.partial(_compile, in_axes=axes, donate=0)
+        self._add = compile_((state, batch, about), functools.partial(snapshot, spec))
         self._estimate = None
         if spec.reduction.estimator is not None:
             count = jax.ShapeDtypeStruct((), jnp.float32)
             estimate = functools.partial(estimate_statistics, spec)
-            self._estimate = _compile((state, batch, count), estimate, axes, donate=0)
-        self.memory_bytes = _memory_bytes(self._add)
+            self._estimate = compile_((state, batch, count), estimate)
+        self.memory_bytes = max(_memory_bytes(step) for step in (self._add, self._estimate) if step)
 
-    @staticmethod
-    def about(number: int, first: bool, size: int, in_batch: np.ndarray, skipped: np.ndarray) -> Batch:
-        """What ``Svrg.snapshot`` wants to know of a part beside its examples."""
-        return {
-            'number': np.int32(number),
-            'first': np.bool_(first),
-            'size': np.float32(size),
-            'in_batch': in_batch,
-            'skipped': skipped,
-        }
+    def estimate(self, state, parts, put):
+        """The state with running statistics of BatchNorm over some parts, if the model has any."""
+        for k, part in enumerate(parts if self._estimate else (), 1):
+            state = jax.block_until_ready(self._estimate(state, part, put(np.float32(k))))
+        return state
 
-    def __call__(self, state, parts, abouts, put):
-        if self._estimate:
-            for k, part in enumerate(parts, 1):
-                state = self._estimate(state, part, put(np.float32(k)))
-        for part, about in zip(parts, abouts, strict=True):
-            state = self._add(state, part, put(about))
+    def __call__(self, state, parts, about, put):
+        """The state with a snapshot from parts; ``about`` it, see ``Svrg.snapshot``."""
+        about = put(about)
+        for k, part in enumerate(parts):
+            given = {**about, 'first': put(np.bool_(k == 0))}
+            state = jax.block_until_ready(self._add(state, part, given))
         return state
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from adabatch_jax import gradient_statistics, line_search, losses
 from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 from adabatch_jax.train_state import TrainState
-from adabatch_jax.variance_reduction import Outputs
+from adabatch_jax.variance_reduction import Outputs, real_examples
 
 Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running statistics, of metrics
 
@@ -59,9 +59,7 @@ def train_step(
       searched for.
     """
     totals, found = _accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
-    reduction = state.reduction
-    if spec.reduction:
-        reduction = spec.reduction.after(reduction, found, AXIS_NAME)
+    reduction = spec.reduction and spec.reduction.after(state.reduction, found, AXIS_NAME)
     if spec.rule == 'schedule':
         batch = None
     return apply_gradients(spec, state, totals, learning_rate, examples_seen, batch, reduction)
@@ -216,10 +214,7 @@ def estimate_statistics(spec: StepSpec, state: TrainState, batch: Batch, count: 
     predict, n = predictor(spec, state, batch), spec.num_microbatches
 
     def add(total, microbatch):
-        number, examples = microbatch
-        index = examples['example']
-        examples = {**examples, 'example': jnp.where(index >= 0, index, ~index)}
-        _, outputs = predict(state.params, (number, examples))
+        _, outputs = predict(state.params, real_examples(microbatch))
         return jax.tree.map(lambda x, y: x + y / n, total, outputs.batch_stats), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
@@ -255,15 +250,13 @@ def apply_gradients(
     """The update from the totals of all of a batch's microbatches; see ``train_step``.
 
     The batch itself is for rules that search for the step size on it. ``reduction`` is what the state
-    keeps for variance reduction after the update.
+    keeps for variance reduction after the update; as it is where left out.
     """
     groups, batch_stats, sums = totals
     grads = _mean_gradient(spec, groups)
+    batch_stats = lax.pmean(jax.tree.map(lambda x: x / spec.num_microbatches, batch_stats), AXIS_NAME)
     if spec.reduction:  # running statistics change with snapshots alone
         batch_stats = state.batch_stats
-    else:
-        batch_stats = jax.tree.map(lambda x: x / spec.num_microbatches, batch_stats)
-        batch_stats, reduction = lax.pmean(batch_stats, AXIS_NAME), state.reduction
     sums = lax.psum(sums, AXIS_NAME)
     sums |= _statistics(spec, grads, groups, sums.pop('squared_norms', None))
 
@@ -279,7 +272,7 @@ def apply_gradients(
         'params': params,
         'batch_stats': batch_stats,
         'opt_state': opt_state,
-        'reduction': reduction,
+        'reduction': state.reduction if reduction is None else reduction,
     }
     if spec.skip_non_finite:
         old = {name: getattr(state, name) for name in new}
@@ -330,7 +323,9 @@ def _search(
 
 
 def _statistics(spec: StepSpec, grads: Any, groups: Any, squared_norms: Any) -> dict[str, jax.Array]:
-    """What the gradients say, before anything is done to them; see ``train_step``.
+    """What the gradients say, before the optimizer does anything to them; see ``train_step``.
+
+    With variance reduction they are the corrected ones, and say how much noise is left.
 
     Args:
       spec: the step's shape.
