@@ -291,8 +291,8 @@ def _reduced(experiment: Experiment) -> Experiment:
         last = snapshots.number(total - 1)
         if last >= variance_reduction.MOST_SNAPSHOTS:
             raise ValueError(
-                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; accepted: '
-                f'what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
+                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; '
+                f'accepted: what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
             )
     sizes = [snapshots.size(number) for number in range(last + 1)]
     policy.note = (

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from adabatch_jax import analysis, curvature, losses, models, sharpness
-from adabatch_jax.config import ConfigError, default_config, resolve
+from adabatch_jax.config import _CHOICES, ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
 from adabatch_jax.train import train
 
@@ -147,7 +147,6 @@ def test_lanczos_finds_the_spectrum_of_a_small_network(network):
         for value, residual in zip(few.values, few.residuals, strict=True):
             assert np.abs(expected - value).min() <= residual + 3e-5
         np.testing.assert_allclose(few.values[:2], expected[:2], atol=1e-4)
-        assert few.weights.sum() == pytest.approx(1)
 
 
 def test_gauss_newton_has_no_negative_eigenvalue_and_the_hessian_has(network):
@@ -166,6 +165,16 @@ def test_lanczos_finds_multiple_eigenvalues_and_none_twice():
     matrix = (basis * spectrum) @ basis.T
     found = curvature.lanczos(lambda v: matrix @ v, np.zeros(10, np.float32), num_steps=10)
     np.testing.assert_allclose(found.values, np.sort(spectrum)[::-1], atol=1e-5)
+
+
+def test_a_residual_holds_where_neighbours_cannot_be_told_apart():
+    """One eigenvalue and many within 1e-5 of each other: the bound counts what is taken for 0."""
+    for seed in range(5):
+        spread = np.random.default_rng(seed).uniform(0, 8e-6, 59)
+        spectrum = np.concatenate([[1.0], spread])
+        found = curvature.lanczos(lambda v, s=spectrum: s * v, np.zeros(60), num_steps=6, seed=seed)
+        for value, residual in zip(found.values, found.residuals, strict=True):
+            assert np.abs(spectrum - value).min() <= residual
 
 
 def test_the_trace_is_unbiased_and_its_error_is_the_stated_one(network):
@@ -191,7 +200,7 @@ def quadratic(h, c):
     return value_and_grad
 
 
-@pytest.mark.parametrize('epsilon', sharpness.EPSILONS)
+@pytest.mark.parametrize('epsilon', [1e-3, 5e-4])
 def test_sharpness_of_a_quadratic_is_the_closed_form(epsilon):
     """f = c + 1/2 sum h x^2: the maximum is at the corner away from 0."""
     h, c = np.array([1.0, 5, 0, 20]), 0.3
@@ -201,8 +210,7 @@ def test_sharpness_of_a_quadratic_is_the_closed_form(epsilon):
         expected = 100 * (highest - here) / (1 + here)
         for seed in range(3):
             found = sharpness.sharpness(quadratic(h, c), x, epsilon, seed=seed, iterations=50)
-            # At a point in the middle of the box the search may end at a lower corner of it.
-            assert found == pytest.approx(expected, rel=1e-3) or (x == 0).any() and found < expected
+            assert found == pytest.approx(expected, rel=1e-3)
     assert sharpness.sharpness(quadratic(h, c), np.zeros(4, np.float32), epsilon) == pytest.approx(
         50 * epsilon**2 * h.sum() / (1 + c), rel=1e-3
     )
@@ -224,6 +232,8 @@ def test_a_flat_loss_has_no_sharpness_and_mistakes_are_named():
     flat = lambda x: (1.0, np.zeros(3))  # noqa: E731
     x = np.ones(3, np.float32)
     assert sharpness.sharpness(flat, x, 1e-3) == 0
+    steep = lambda y: (1.0 if (y == x).all() else np.nan, np.zeros(3))  # noqa: E731
+    assert sharpness.sharpness(steep, x, 1e-3) == np.inf
     with pytest.raises(ValueError, match='epsilon: got 0'):
         sharpness.sharpness(flat, x, 0)
     with pytest.raises(ValueError, match='dimensions: got 4; accepted: 0 to 3'):
@@ -326,9 +336,38 @@ def test_mistakes_are_told_in_a_line(tmp_path, command_line):
     config.analysis.epsilons = (1e-3, -1.0)
     with pytest.raises(ConfigError, match='analysis.epsilons: got -1.0'):
         resolve(config)
+    with pytest.raises(ConfigError, match='analysis.trace_samples: got 1; accepted: 0, or at least 2'):
+        resolve(config_of(trace_samples=1))
+
+
+def test_the_subspace_is_measured_only_where_it_is_one():
+    experiment = describe(resolve(config_of('linear', subspace=10_000, lanczos_steps=0)))
+    images, labels = analysis.fixed_examples(experiment, 20)
+    state = experiment.initial_state()
+    loss = analysis.Loss(experiment, {}, images, labels, 20)
+    found = analysis.measure(loss, state.params, experiment.config.analysis)
+    assert [s['dimensions'] for s in found['sharpness']] == [1930, 1930]
+
+
+def test_what_is_measured_does_not_depend_on_the_dtype_of_activations():
+    def loss(dtype):
+        config = config_of()
+        config.model.dtype = dtype
+        experiment = describe(resolve(config))
+        state = experiment.initial_state()
+        images, labels = analysis.fixed_examples(experiment, 20)
+        return analysis.Loss(experiment, state.batch_stats, images, labels, 20).value_and_grad(
+            state.params
+        )[0]
+
+    assert loss('bfloat16') == loss('float32')
 
 
 # -------------------------------------------------------------------------------- losses
+
+
+def test_the_config_accepts_the_losses_there_are():
+    assert _CHOICES['model.loss'] == tuple(losses.LOSSES)
 
 
 def test_losses_are_those_of_their_formulas():

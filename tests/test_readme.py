@@ -33,7 +33,11 @@ LINES = [
     if language == 'sh'
     for line in block.replace('\\\n', ' ').replace(' &\n', '\n').splitlines()
 ]
-COMMANDS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.main']]
+COMMANDS = [
+    line
+    for line in LINES
+    if line[:3] == ['python', '-m', 'adabatch_jax.main'] and '$' not in ' '.join(line)  # of a loop
+]
 BENCHMARKS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.benchmark']]
 
 
@@ -70,6 +74,8 @@ def test_training_commands_run_one_after_the_other_but_shorter(tmp_path, monkeyp
         arguments = [a for a in command[2:] if not a.startswith('--config.dataset.data_dir')]
         if '--mode=eval' not in command:
             arguments += shorter + (made_up if needs_data else [])
+        if 'convex' in ' '.join(command):  # small as it is
+            arguments.remove('--config.model.name=cnn')
         assert main.main(arguments) == 0, command
         ran += 1
     assert ran > 8
