@@ -117,11 +117,11 @@ def passes_table(result: dict[str, Any]) -> Table:
     return Table('Passes of an epoch, times as fast', columns, rows, note)
 
 
-# What the table of minima shows: fields of the analysis of a run's latest checkpoint, and their form.
+# What the table of minima shows, by fields of the analysis of a run's latest checkpoint.
 _MINIMA = {
-    'loss': ('training loss', '.4g'),
-    'gradient_norm': ('norm of its gradient', '.3g'),
-    'hessian_trace': ('trace of the Hessian', '.4g'),
+    'loss': 'training loss',
+    'gradient_norm': 'norm of its gradient',
+    'hessian_trace': 'trace of the Hessian',
 }
 
 
@@ -129,7 +129,7 @@ def minima(group: Group) -> dict[str, list[float]]:
     """What is known of the minima of a group's runs: values by what they are."""
     found: dict[str, list[float]] = {}
     for record in (run.minimum for run in group.runs if run.minimum):
-        values = {name: record.get(key) for key, (name, _) in _MINIMA.items()}
+        values = {name: record.get(key) for key, name in _MINIMA.items()}
         for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
             values[f'largest eigenvalue, {name}'] = next(
                 iter(record.get(f'{key}_eigenvalues', ())), None
@@ -146,12 +146,12 @@ def minima_table(groups: Sequence[Group]) -> Table:
     """Sharpness and curvature where the runs ended."""
     found = [minima(group) for group in groups]
     names = list(dict.fromkeys(name for values in found for name in values))
-    forms = dict(_MINIMA.values())
+
+    def cell(spread: Spread | None) -> str:
+        return number(spread, ',.0f' if spread and spread.high >= 100 else '.3g')
+
     rows = [
-        (
-            group.label,
-            *(number(group.mean(values.get(name, ())), forms.get(name, '.3g')) for name in names),
-        )
+        (group.label, *(cell(group.mean(values.get(name, ()))) for name in names))
         for group, values in zip(groups, found, strict=True)
     ]
     records = [run.minimum for group in groups for run in group.runs if run.minimum]
