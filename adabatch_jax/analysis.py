@@ -10,7 +10,6 @@ import copy
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import time
@@ -33,6 +32,7 @@ from adabatch_jax import (
 )
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import Experiment, describe
+from adabatch_jax.workdir import write_whole
 
 FILE = metrics.ANALYSIS_FILE
 
@@ -163,19 +163,9 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
         if optimum is not None:
             records = [record | {'optimum': optimum} for record in records]
     with user_errors('workdir'):
-        temporary = workdir / f'.{FILE}'
-        temporary.write_text(''.join(f'{json.dumps(_finite(record))}\n' for record in records))
-        temporary.replace(workdir / FILE)
+        lines = (json.dumps(metrics.finite(record)) for record in records)
+        write_whole(workdir / FILE, ''.join(f'{line}\n' for line in lines))
     return records
-
-
-def _finite(value: Any) -> Any:
-    """JSON has null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +201,7 @@ def measure(loss: Loss, params: Any, options) -> dict[str, Any]:
     for epsilon in options.epsilons:
         for dimensions in sorted({0, options.subspace if options.subspace < size else 0}):
             result = sharpness.sharpness(
-                loss.value_and_grad, params, epsilon, dimensions, options.iterations
+                loss.value_and_grad, params, epsilon, options.iterations, dimensions
             )
             found['sharpness'].append(
                 {'epsilon': epsilon, 'dimensions': dimensions or size, 'value': result}

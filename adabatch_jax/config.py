@@ -141,9 +141,7 @@ def default_config() -> ml_collections.ConfigDict:
     svrg.snapshot_passes = 1.0  # over as many examples as a snapshot has, until the next
     svrg.first_size = 0  # examples of the first, rounded up to the ladder; 0: the whole data set
     svrg.growth_factor = 2.0  # of that size, from one snapshot to the next
-    svrg.error_decay = (
-        0.0  # of the snapshot's error from one to the next, instead of growth_factor; 0: no
-    )
+    svrg.error_decay = 0.0  # of its error, from one to the next, instead of growth_factor; 0: no
     svrg.mixed = False  # examples outside of the snapshot's batch count with their gradient alone
     svrg.skip_zeros = False  # leave out examples whose gradient was 0 several times; for hinge losses
     optimizer.saga = saga = ml_collections.ConfigDict()
@@ -159,7 +157,7 @@ def default_config() -> ml_collections.ConfigDict:
     divergence.rate_factor = 0.5  # fall_back: ratio of the effective rate, each time
     divergence.max_fall_backs = 3  # fall_back: times in a run; with the next the run stops
 
-    # What --mode=analyze measures of each checkpoint, on the first examples of the training split.
+    # What --mode=analyze measures of each checkpoint, on fixed examples of the training split.
     config.analysis = analysis = ml_collections.ConfigDict()
     analysis.num_examples = 2000
     analysis.batch_size = 250  # examples at once
@@ -298,15 +296,10 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
         kinds = (float, int) if isinstance(default, float) else (type(default),)
         if type(given[key]) not in kinds:
             raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: a value such as {default!r}')
-    for epoch in given['learning_rate.decay_at_epochs']:
-        if not isinstance(epoch, int | float) or not 0 < epoch < math.inf:
-            raise ConfigError(
-                f'config.learning_rate.decay_at_epochs: got {epoch!r}; accepted: positive numbers'
-            )
-
-    for epsilon in given['analysis.epsilons']:
-        if not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
-            raise ConfigError(f'config.analysis.epsilons: got {epsilon!r}; accepted: positive numbers')
+    for key in ('learning_rate.decay_at_epochs', 'analysis.epsilons'):
+        for value in given[key]:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f'config.{key}: got {value!r}; accepted: positive numbers')
 
     def check(keys, accepted, is_good):
         for key in keys:

@@ -138,8 +138,9 @@ class Experiment:
 
     def divides(self, before: schedules.Update, update: schedules.Update) -> bool:
         """Whether a snapshot comes between two updates."""
-        number = self.snapshots.number if self.snapshots else lambda _: 0
-        return number(before.start) != number(update.start)
+        if self.snapshots is None:
+            return False
+        return self.snapshots.number(before.start) != self.snapshots.number(update.start)
 
     def may_use(self, spec: steps.StepSpec) -> bool:
         """Whether a compiled step belongs to this model and optimizer."""

@@ -53,6 +53,15 @@ def add_sums(total: dict[str, float], sums: dict[str, float]) -> dict[str, float
     return total | {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}
 
 
+def finite(value: Any) -> Any:
+    """JSON types with None for every number that is not finite: JSON has null for it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that results may depend on."""
     packages = ('adabatch_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -104,10 +113,7 @@ class MetricsWriter:
           **fields: ``step``, ``epoch``, ``examples_seen``, ``time`` and those of the kind. A number
             that is not finite is written as null.
         """
-        record = {'kind': kind} | {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in fields.items()
-        }
+        record = finite({'kind': kind, **fields})
         failing = bool(self._unwritten)
         self._unwritten += json.dumps(record).encode() + b'\n'
         try:

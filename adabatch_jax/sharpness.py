@@ -27,8 +27,8 @@ def sharpness(
     value_and_grad: Callable[[Any], tuple[float, Any]],
     params: Any,
     epsilon: float,
+    iterations: int,
     dimensions: int = 0,
-    iterations: int = 10,
     seed: int = 0,
 ) -> float:
     """The sharpness of a loss at a point, in percent of ``1 + f``.
@@ -40,8 +40,8 @@ def sharpness(
         little within the box: add up losses in float64, see ``analysis.Loss``.
       params: x.
       epsilon: size of the box.
+      iterations: of L-BFGS-B; the paper's are 10.
       dimensions: p, of a random subspace, whose matrix takes 4 n p bytes; 0 for the whole space.
-      iterations: of L-BFGS-B.
       seed: of the subspace and of the point where the search begins.
 
     Raises:

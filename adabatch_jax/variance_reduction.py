@@ -129,10 +129,10 @@ class Svrg:
         def corrected(params, microbatch):
             index = microbatch[1]['example']
             grads, outputs = gradient(params, microbatch, jnp.ones(len(index)))
-            corrected = reduced['in_batch'][index] if self.mixed else jnp.ones(len(index), bool)
-            known = (corrected & ~reduced['skipped'][index]).astype(jnp.float32)
+            belongs = reduced['in_batch'][index] if self.mixed else jnp.ones(len(index), bool)
+            known = (belongs & ~reduced['skipped'][index]).astype(jnp.float32)
             there, _ = gradient(reduced['params'], microbatch, known)
-            share = jnp.mean(corrected.astype(jnp.float32))
+            share = jnp.mean(belongs.astype(jnp.float32))
             grads = jax.tree.map(
                 lambda here, there, mean: here - there + share * mean, grads, there, reduced['gradient']
             )
@@ -235,9 +235,10 @@ class Snapshots:
 
     def number(self, examples_seen: int) -> int:
         """Of the snapshot that an update at a position goes by, from 0."""
-        if examples_seen >= self._starts[-1]:
-            return len(self._starts) - 1 + (examples_seen - self._starts[-1]) // self._interval(-1)
-        return bisect.bisect(self._starts, examples_seen) - 1
+        number, last = bisect.bisect(self._starts, examples_seen) - 1, len(self._starts) - 1
+        if number < last:
+            return number
+        return last + (examples_seen - self._starts[last]) // self._interval(last)
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -254,9 +255,8 @@ class Snapshots:
         return starts
 
     def _interval(self, number: int) -> int:
-        """Examples from a snapshot to the next; of all the data for -1."""
-        size = self.num_examples if number < 0 else self.size(number)
-        return max(1, round(self.passes * size))
+        """Examples from a snapshot to the next."""
+        return max(1, round(self.passes * self.size(number)))
 
     def wanted(self, number: int) -> float:
         """The size of a snapshot before rounding.

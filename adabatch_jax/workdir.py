@@ -147,8 +147,8 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
         )
     try:
         if not (workdir / CONFIG_FILE).exists() or differences(config, resolve(read_config(workdir))):
-            _write(workdir / CONFIG_FILE, to_json(config))
-        _write(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
+            write_whole(workdir / CONFIG_FILE, to_json(config))
+        write_whole(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
 
@@ -172,7 +172,7 @@ def write_schedule(
         'max_per_device': experiment.plan.largest_microbatch,
         'stages': stages,
     }
-    _write(pathlib.Path(workdir, SCHEDULE_FILE), json.dumps(schedule, indent=2) + '\n')
+    write_whole(pathlib.Path(workdir, SCHEDULE_FILE), json.dumps(schedule, indent=2) + '\n')
 
 
 def _advice(differing: list[str]) -> str:
@@ -188,8 +188,8 @@ def _num_examples(plan_file: pathlib.Path) -> int | None:
         return None  # not there, or not readable: it is written anew
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all, also where the process is killed."""
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all, also where the process is killed."""
     temporary = path.with_name(f'.{path.name}')
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)

@@ -209,9 +209,9 @@ def test_sharpness_of_a_quadratic_is_the_closed_form(epsilon):
         highest = c + np.sum(h * (np.abs(x) + epsilon * (np.abs(x) + 1)) ** 2) / 2
         expected = 100 * (highest - here) / (1 + here)
         for seed in range(3):
-            found = sharpness.sharpness(quadratic(h, c), x, epsilon, seed=seed, iterations=50)
+            found = sharpness.sharpness(quadratic(h, c), x, epsilon, 50, seed=seed)
             assert found == pytest.approx(expected, rel=1e-3)
-    assert sharpness.sharpness(quadratic(h, c), np.zeros(4, np.float32), epsilon) == pytest.approx(
+    assert sharpness.sharpness(quadratic(h, c), np.zeros(4, np.float32), epsilon, 10) == pytest.approx(
         50 * epsilon**2 * h.sum() / (1 + c), rel=1e-3
     )
 
@@ -225,19 +225,19 @@ def test_sharpness_in_a_subspace_is_that_of_its_box():
     value = quadratic(h, c)
     best = max(value(x + s * reach * direction)[0] for s in (-1, 1))
     expected = 100 * (best - value(x)[0]) / (1 + value(x)[0])
-    assert sharpness.sharpness(value, x, 1e-3, dimensions=1) == pytest.approx(expected, rel=1e-3)
+    assert sharpness.sharpness(value, x, 1e-3, 10, dimensions=1) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_flat_loss_has_no_sharpness_and_mistakes_are_named():
     flat = lambda x: (1.0, np.zeros(3))  # noqa: E731
     x = np.ones(3, np.float32)
-    assert sharpness.sharpness(flat, x, 1e-3) == 0
+    assert sharpness.sharpness(flat, x, 1e-3, 10) == 0
     steep = lambda y: (1.0 if (y == x).all() else np.nan, np.zeros(3))  # noqa: E731
-    assert sharpness.sharpness(steep, x, 1e-3) == np.inf
+    assert sharpness.sharpness(steep, x, 1e-3, 10) == np.inf
     with pytest.raises(ValueError, match='epsilon: got 0'):
-        sharpness.sharpness(flat, x, 0)
+        sharpness.sharpness(flat, x, 0, 10)
     with pytest.raises(ValueError, match='dimensions: got 4; accepted: 0 to 3'):
-        sharpness.sharpness(flat, x, 1e-3, dimensions=4)
+        sharpness.sharpness(flat, x, 1e-3, 10, dimensions=4)
 
 
 # -------------------------------------------------------------------------------- a run
