@@ -16,7 +16,7 @@ processes.HEARTBEAT_SECONDS = 10  # of one of several processes that is killed
 # Where, and whether before or after it is called.
 POINTS = {
     'the directory is locked': (workdir, '_lock', 'after'),
-    'config.json is written, plan.json is not': (workdir, '_write', 'after'),
+    'config.json is written, plan.json is not': (workdir, 'write_whole', 'after'),
     'a checkpoint was read': (checkpoint, 'restore', 'after'),
     'a stage is about to begin': (run.Run, 'enter_stage', 'before'),
     'a stage has begun': (run.Run, 'enter_stage', 'after'),

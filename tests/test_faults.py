@@ -72,6 +72,12 @@ def whole(tmp_path_factory):
     return result(workdir)
 
 
+def test_every_point_is_a_function_that_exists():
+    """Said at once, and not by a child after minutes."""
+    for point, (owner, name, _) in POINTS.items():
+        assert callable(getattr(owner, name, None)), point
+
+
 def test_runs_killed_at_every_kind_of_point_end_in_the_same_weights_and_records(whole, tmp_path):
     """Each process is killed once, at a seeded point, and the next one goes on from what it left."""
     rng, killed, life = random.Random(11), [], 0
