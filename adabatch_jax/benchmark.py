@@ -16,10 +16,10 @@ adaptive runs on 1 to 4096 devices (adabatch_jax.scaling has the model; --plot d
 at hand tell --latency_us and --gigabytes_per_second.
 """
 
-from adabatch_jax import huge_pages
+from adabatch_jax import malloc
 
 if __name__ == '__main__':
-    huge_pages.restart()  # ahead of the imports that take time
+    malloc.restart()  # ahead of the imports that take time
 
 import contextlib
 import dataclasses

@@ -6,10 +6,10 @@ Exit status: 0 success; 2 a mistake in config or input, told in one line on stan
 diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
 """
 
-from adabatch_jax import huge_pages
+from adabatch_jax import malloc
 
 if __name__ == '__main__':
-    huge_pages.restart()  # ahead of the imports that take time
+    malloc.restart()  # ahead of the imports that take time
 
 import contextlib
 import json

@@ -66,10 +66,10 @@ ALLOWED = {
     },
     'main': {
         'analysis', 'command_line', 'comparison', 'config', 'distributed', 'evaluate', 'experiment',
-        'huge_pages', 'progress', 'scaling', 'sweep', 'terminal', 'train', 'workdir',
+        'malloc', 'progress', 'scaling', 'sweep', 'terminal', 'train', 'workdir',
     },
     'command_line': {'config', 'distributed'},
-    'huge_pages': set(),
+    'malloc': set(),
 }  # fmt: skip
 EVERYTHING_BUT = {
     'train': {'main', 'report', 'benchmark'},

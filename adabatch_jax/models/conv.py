@@ -19,8 +19,8 @@ is written as something that it does:
     input gradient    convolve the incoming gradient with the kernel turned by 180 degrees, its
                       channel axes swapped
     kernel gradient   convolve the images with the incoming gradient, examples taking the place of the
-                      channels, and channels lying side by side as the examples did; in chunks of
-                      examples that stay in a core's cache
+                      channels, and channels lying side by side as the examples did; in chunks, see
+                      ``_CHUNK_SUM``
     1x1 kernels, and kernels larger than the output: a sum of matrix products, one for each position in
                       the kernel
 
@@ -41,9 +41,12 @@ SPATIAL_AXES = (1, 2)  # height and width of ``x`` inside a model, on every back
 # Pixels of an image's size that a group of examples has, so that the rows that a kernel looks at stay
 # in a core's cache, and neighbouring pixels do not lie a large power of two apart.
 _GROUP_PIXELS = 2**16
-# A chunk of the kernel gradient: as many examples, at most 64, as have this many activations, which stay
-# in the cores' caches; larger ones take up to twice as long an example.
-_CHUNK_ACTIVATIONS = 2**19
+# The library goes through the whole sum of a matrix product for each tile of the result, so what is summed
+# has to stay in a core's cache. A kernel gradient sums over examples and pixels: in chunks of so many, some
+# rows of the images of some examples.
+_CHUNK_SUM = 2**12
+_CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at most
+_MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
 
 
 def in_groups() -> bool:
@@ -202,36 +205,41 @@ def _dense_backward(pads, residuals, dy):
 def _in_chunks(x, dy, shape, pads):
     """The gradient of a kernel of some shape, in float32."""
     groups, height, width, examples, channels = x.shape
+    out, columns, features = *dy.shape[1:3], dy.shape[-1]
+    fewest_rows = -(-out // _MOST_ROWS_OF_CHUNKS)
+    wanted = np.clip(_CHUNK_SUM // (fewest_rows * columns), *_CHUNK_EXAMPLES)
+    together = max(1, int(wanted) // examples)  # groups
+    rows = max(fewest_rows, _CHUNK_SUM // (columns * together * examples))
 
-    def of(x, dy):
+    def add(total, x, dy):
         x = x.transpose(1, 2, 4, 0, 3).reshape(1, height, width * channels, -1)
-        dy = dy.transpose(1, 2, 0, 3, 4).reshape(*dy.shape[1:3], -1, dy.shape[-1])
-        result = lax.conv_general_dilated(
-            x,
-            dy,
-            (1, 1),
-            (pads[0], tuple(p * channels for p in pads[1])),
-            rhs_dilation=(1, channels),
-            dimension_numbers=_LAYOUT,
-            preferred_element_type=jnp.float32,
-        )
-        return result.reshape(shape)
+        x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*pads[0], 0), (0, 0, 0), (0, 0, 0)))
+        dy = dy.transpose(1, 2, 0, 3, 4).reshape(out, columns, -1, features)
+        for row in range(0, out, rows):
+            part = dy[row : row + rows]
+            total += lax.conv_general_dilated(
+                x[:, row : row + len(part) + shape[0] - 1],
+                part,
+                (1, 1),
+                ((0, 0), tuple(p * channels for p in pads[1])),
+                rhs_dilation=(1, channels),
+                dimension_numbers=_LAYOUT,
+                preferred_element_type=jnp.float32,
+            )
+        return total
 
-    of_example = max(x.size, dy.size) // (groups * examples)
-    chunk = max(1, min(64, _CHUNK_ACTIVATIONS // of_example) // examples)
-    whole = groups // chunk * chunk
-    total = jnp.zeros(shape, jnp.float32)
+    whole = groups // together * together
+    total = jnp.zeros((1, shape[0], shape[1] * channels, features), jnp.float32)
     if whole:
 
-        def add(total, k):
-            part = [lax.dynamic_slice_in_dim(a, k * chunk, chunk) for a in (x, dy)]
-            return total + of(*part), None
+        def step(total, k):
+            part = [lax.dynamic_slice_in_dim(a, k * together, together) for a in (x, dy)]
+            return add(total, *part), None
 
-        # Two chunks at once keep both cores busy where a chunk has work for one.
-        total, _ = lax.scan(add, total, jnp.arange(whole // chunk), unroll=2)
+        total, _ = lax.scan(step, total, jnp.arange(whole // together))
     if whole < groups:
-        total = total + of(x[whole:], dy[whole:])
-    return total
+        total = add(total, x[whole:], dy[whole:])
+    return total.reshape(shape)
 
 
 def _in_chunks_forward(x, dy, shape, pads):

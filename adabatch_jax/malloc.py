@@ -1,0 +1,47 @@
+"""Memory for the buffers of CPU steps, of which the C library has to be told as a process starts.
+
+Left alone, glibc gives a step's intermediate results back to the system after each step, and the next one
+gets them page by page, each cleared first. So freed memory is kept, and asked for in huge pages: steps of
+ResNet-20 with 128, 512 and 2,048 examples became 8, 21 and 49 % faster by the former alone. There is one
+arena for all threads, because the arenas of others than the first get small pages only, and which thread
+computes is a matter of luck.
+"""
+
+import os
+import pathlib
+import sys
+
+_SWITCH = 'glibc.malloc.hugetlb'
+_KEPT = 2**40  # bytes: more than there are, so that nothing is given back
+TUNABLES = ':'.join(
+    (
+        f'{_SWITCH}=1',
+        'glibc.malloc.arena_max=1',
+        f'glibc.malloc.mmap_threshold={_KEPT}',
+        f'glibc.malloc.trim_threshold={_KEPT}',
+    )
+)
+_ACCELERATORS = ('nvidia0', 'kfd', 'accel0', 'vfio/0')  # in /dev: steps do not run on the CPU
+
+
+def tunables(current: str) -> str | None:
+    """``GLIBC_TUNABLES`` for a process that trains on the CPU; None where they stand already.
+
+    Args:
+      current: ``GLIBC_TUNABLES`` now; if it says something of huge pages, it stands as it is.
+    """
+    return None if _SWITCH in current else ':'.join(filter(None, [current, TUNABLES]))
+
+
+def restart() -> None:
+    """Starts this process anew with these settings, if it was started without; else returns.
+
+    For the start of a command, before imports that take time. Beside an accelerator nothing is set:
+    there threads that read images are better off with arenas of their own.
+    """
+    if sys.platform != 'linux' or any(pathlib.Path('/dev', name).exists() for name in _ACCELERATORS):
+        return
+    wanted = tunables(os.environ.get('GLIBC_TUNABLES', ''))
+    if wanted is not None:
+        os.environ['GLIBC_TUNABLES'] = wanted
+        os.execv(sys.executable, sys.orig_argv)
