@@ -41,9 +41,9 @@ SPATIAL_AXES = (1, 2)  # height and width of ``x`` inside a model, on every back
 # Pixels of an image's size that a group of examples has, so that the rows that a kernel looks at stay
 # in a core's cache, and neighbouring pixels do not lie a large power of two apart.
 _GROUP_PIXELS = 2**16
-# The library goes through the whole sum of a matrix product for each tile of the result, so what is summed
-# has to stay in a core's cache. A kernel gradient sums over examples and pixels: in chunks of so many, some
-# rows of the images of some examples.
+# The library goes through the whole sum of a matrix product for each tile of the result, so that what is
+# summed has to stay in a core's cache. A kernel gradient sums over examples and pixels: in chunks of so
+# many, some rows of the images of some examples.
 _CHUNK_SUM = 2**12
 _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at most
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
