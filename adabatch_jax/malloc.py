@@ -17,7 +17,7 @@ TUNABLES = ':'.join(
     (
         f'{_SWITCH}=1',
         'glibc.malloc.arena_max=1',
-        f'glibc.malloc.mmap_threshold={_KEPT}',
+        'glibc.malloc.mmap_max=0',  # not mmap_threshold, which tf.data sets anew
         f'glibc.malloc.trim_threshold={_KEPT}',
     )
 )

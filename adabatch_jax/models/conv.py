@@ -55,10 +55,14 @@ def in_groups() -> bool:
 
 
 def group_size(batch: int, pixels: int) -> int:
-    """Examples of a group: the divisor of the batch size that is nearest to the best, as a ratio."""
+    """Examples of a group: the divisor of the batch size that is nearest to the best.
+
+    As a ratio, and one that is too large is nearer than one that is too small: with 50 examples instead
+    of 64 the library takes a fifth longer for an image, with 100 or 125 not at all.
+    """
     best = max(1, _GROUP_PIXELS // pixels)
     divisors = (size for size in range(1, batch + 1) if batch % size == 0)
-    return min(divisors, key=lambda size: max(size / best, best / size))
+    return min(divisors, key=lambda size: max(size / best, (best / size) ** 3))
 
 
 def enter(images: jax.Array) -> jax.Array:
