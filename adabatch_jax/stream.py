@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adabatch_jax import distributed, steps
+from adabatch_jax import distributed, malloc, steps
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.schedules import Clock, LearningRate, Update
 from adabatch_jax.train_state import TrainState
@@ -194,6 +194,7 @@ class Streams:
         Raises:
           Exception: what opening it raised.
         """
+        malloc.give_back()
         ahead, self._ahead = self._ahead, None
         if ahead and ahead[0] == update:
             return ahead[1].result()

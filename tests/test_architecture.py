@@ -57,7 +57,7 @@ ALLOWED = {
     'gradient_statistics': set(),
     'line_search': {'gradient_statistics'},
     'probing': {'distributed', 'metrics', 'schedules', 'stream'},
-    'stream': {'distributed', 'experiment', 'schedules', 'steps', 'train_state'},
+    'stream': {'distributed', 'experiment', 'malloc', 'schedules', 'steps', 'train_state'},
     'records': {'compilation_cache', 'host_state', 'metrics', 'optimizers', 'train_state'},
     'memory': {'config', 'distributed', 'experiment', 'steps'},
     'evaluate': {

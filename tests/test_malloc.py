@@ -1,6 +1,7 @@
 """The C library is told how to keep memory once, and what a user told it stands."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -38,23 +39,37 @@ def test_a_process_starts_anew_once_with_the_same_command_line_and_not_beside_an
         assert done.stdout.splitlines() == expected
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def run_with(tunables, program):
+    return subprocess.run(
+        [sys.executable, '-c', program],
+        env=os.environ | {'GLIBC_TUNABLES': tunables},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
 def test_freed_memory_is_kept():
-    """A process that has given back a buffer touches no new page for the next one of its size."""
+    """A process that has freed a buffer touches no new page for the next one of its size."""
     program = (
         'import resource, numpy as np; f = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
         'np.ones(2**25); before = f(); np.ones(2**25); print(f() - before)'
     )
-    faults = {
-        tunables: int(
-            subprocess.run(
-                [sys.executable, '-c', program],
-                env=os.environ | {'GLIBC_TUNABLES': tunables},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for tunables in ('glibc.malloc.hugetlb=0', malloc.TUNABLES)
-    }
-    assert faults[malloc.TUNABLES] < 10 < faults['glibc.malloc.hugetlb=0']
+    kept, as_usual = (int(run_with(t, program)) for t in (malloc.TUNABLES, 'glibc.malloc.hugetlb=0'))
+    assert kept < 10 < as_usual
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
+def test_freed_memory_is_given_back_between_stages():
+    """Also where a buffer that is still in use lies above it."""
+    program = (
+        'import pathlib, numpy as np; from adabatch_jax import malloc\n'
+        'f = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1])\n'
+        'before, a, b = f(), np.ones(2**25), np.ones(2**20); del a; kept = f(); malloc.give_back()\n'
+        'print(kept - before, f() - before)'
+    )
+    kept, left = (
+        int(pages) * os.sysconf('SC_PAGE_SIZE') for pages in run_with(malloc.TUNABLES, program).split()
+    )
+    assert kept > 2**28 > 2**25 > left
