@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 _SWITCH = 'glibc.malloc.hugetlb'
-_KEPT = 2**40  # bytes: more than there are, so that nothing is given back
+_KEPT = 2**40  # bytes: more than there are, so that nothing goes back by itself
 TUNABLES = ':'.join(
     (
         f'{_SWITCH}=1',
@@ -50,9 +50,10 @@ def restart() -> None:
 
 
 def give_back() -> None:
-    """Gives all memory that was freed back to the system, where this C library can.
+    """Gives the freed memory that these settings keep back to the system; nothing without them.
 
     For the end of a stage: the next one's buffers are larger, and would come on top.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    if TUNABLES in os.environ.get('GLIBC_TUNABLES', ''):
+        with contextlib.suppress(AttributeError):  # another C library, which knows nothing of them
+            ctypes.CDLL(None).malloc_trim(0)
