@@ -167,17 +167,23 @@ def _fit(x, axis, low, size):
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def _dense(x, kernel, pads):
+def _convolve_dense(x, kernel, pads):
+    """Stride 1: images ``[groups, height, width, examples, channels]``."""
+    examples = x.shape[3]
+    y = _convolve_rows(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel, pads, examples)
+    return y.reshape(*y.shape[:2], -1, examples, y.shape[-1])
+
+
+def _rows(x, kernel, pads, examples):
     """Stride 1, on rows in which the pixels of a group's examples lie side by side."""
-    groups, height, width, examples, channels = x.shape
-    rows, _, _, features = kernel.shape
-    out = height + sum(pads[0]) - rows + 1
+    rows, _, channels, features = kernel.shape
+    out = x.shape[1] + sum(pads[0]) - rows + 1
     down = 1
     if max(channels, features) <= 16:
         down, pads = 2, ((pads[0][0], pads[0][1] + out % 2), pads[1])
         kernel = jnp.concatenate([_fit(kernel, 0, low, rows + 1) for low in range(2)], 3)
     y = lax.conv_general_dilated(
-        x.reshape(groups, height, width * examples, channels),
+        x,
         kernel,
         (down, 1),
         (pads[0], tuple(p * examples for p in pads[1])),
@@ -186,8 +192,8 @@ def _dense(x, kernel, pads):
     )
     if down > 1:
         y = y.reshape(*y.shape[:3], down, features).transpose(0, 1, 3, 2, 4)
-    columns = width + sum(pads[1]) - kernel.shape[1] + 1
-    return y.reshape(groups, -1, columns, examples, features)[:, :out]
+        y = y.reshape(len(y), -1, *y.shape[3:])
+    return y[:, :out]
 
 
 def _turned(kernel, pads):
@@ -196,28 +202,30 @@ def _turned(kernel, pads):
     return jnp.swapaxes(kernel[::-1, ::-1], 2, 3), opposite
 
 
-def _dense_forward(x, kernel, pads):
-    return _dense(x, kernel, pads), (x, kernel)
+def _rows_forward(x, kernel, pads, examples):
+    return _rows(x, kernel, pads, examples), (x, kernel)
 
 
-def _dense_backward(pads, residuals, dy):
+def _rows_backward(pads, examples, residuals, dy):
     x, kernel = residuals
-    of_kernel = _kernel_gradient(x, dy, kernel.shape, pads).astype(kernel.dtype)
-    return _convolve_dense(dy, *_turned(kernel, pads)), of_kernel
+    of_kernel = _kernel_gradient(x, dy, kernel.shape, pads, examples).astype(kernel.dtype)
+    return _convolve_rows(dy, *_turned(kernel, pads), examples), of_kernel
 
 
-def _in_chunks(x, dy, shape, pads):
+def _in_chunks(x, dy, shape, pads, examples):
     """The gradient of a kernel of some shape, in float32."""
-    groups, height, width, examples, channels = x.shape
-    out, columns, features = *dy.shape[1:3], dy.shape[-1]
+    groups, height, channels = *x.shape[:2], x.shape[-1]
+    out, columns, features = dy.shape[1], dy.shape[2] // examples, dy.shape[-1]
     fewest_rows = -(-out // _MOST_ROWS_OF_CHUNKS)
     wanted = np.clip(_CHUNK_SUM // (fewest_rows * columns), *_CHUNK_EXAMPLES)
     together = max(1, int(wanted) // examples)  # groups
     rows = max(fewest_rows, _CHUNK_SUM // (columns * together * examples))
 
     def add(total, x, dy):
-        x = x.transpose(1, 2, 4, 0, 3).reshape(1, height, width * channels, -1)
+        x = x.reshape(len(x), height, -1, examples, channels)
+        x = x.transpose(1, 2, 4, 0, 3).reshape(1, height, x.shape[2] * channels, -1)
         x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*pads[0], 0), (0, 0, 0), (0, 0, 0)))
+        dy = dy.reshape(len(dy), out, columns, examples, features)
         dy = dy.transpose(1, 2, 0, 3, 4).reshape(out, columns, -1, features)
         for row in range(0, out, rows):
             part = dy[row : row + rows]
@@ -246,19 +254,20 @@ def _in_chunks(x, dy, shape, pads):
     return total.reshape(shape)
 
 
-def _in_chunks_forward(x, dy, shape, pads):
-    return _in_chunks(x, dy, shape, pads), (x, dy)
+def _in_chunks_forward(x, dy, shape, pads, examples):
+    return _in_chunks(x, dy, shape, pads, examples), (x, dy)
 
 
-def _in_chunks_backward(shape, pads, residuals, change):
+def _in_chunks_backward(shape, pads, examples, residuals, change):
     x, dy = residuals
     change = change.astype(x.dtype)
-    return _convolve_dense(dy, *_turned(change, pads)), _convolve_dense(x, change, pads)
+    of_x = _convolve_rows(dy, *_turned(change, pads), examples)
+    return of_x, _convolve_rows(x, change, pads, examples)
 
 
 # Both are linear in each argument, and the derivatives of the one are made of the other, so that
 # derivatives of any order (curvature.py) are as fast as the first.
-_convolve_dense = jax.custom_vjp(_dense, nondiff_argnums=(2,))
-_convolve_dense.defvjp(_dense_forward, _dense_backward)
-_kernel_gradient = jax.custom_vjp(_in_chunks, nondiff_argnums=(2, 3))
+_convolve_rows = jax.custom_vjp(_rows, nondiff_argnums=(2, 3))
+_convolve_rows.defvjp(_rows_forward, _rows_backward)
+_kernel_gradient = jax.custom_vjp(_in_chunks, nondiff_argnums=(2, 3, 4))
 _kernel_gradient.defvjp(_in_chunks_forward, _in_chunks_backward)
