@@ -123,8 +123,10 @@ def _convolve_groups(x, kernel, strides, padding):
         for size, k, stride in zip(x.shape[1:3], kernel.shape, strides, strict=False)
     ]
     overhangs = any(k > out for k, out in zip(kernel.shape, outputs, strict=False))
-    if x.shape[-1] >= 16 and (overhangs or kernel.shape[:2] == (1, 1)):
+    if overhangs and x.shape[-1] >= 16:
         return _sum_of_products(x, kernel, strides, padding, outputs)
+    if kernel.shape[:2] == (1, 1) and not padding:
+        return _convolve_dense(x[:, :: strides[0], :: strides[1]], kernel, ((0, 0), (0, 0)))
     if strides != (1, 1):
         return _strided(x, kernel, strides, padding, outputs)
     return _convolve_dense(x, kernel, ((padding,) * 2,) * 2)
@@ -176,7 +178,9 @@ def _convolve_dense(x, kernel, pads):
 
 def _rows(x, kernel, pads, examples):
     """Stride 1, on rows in which the pixels of a group's examples lie side by side."""
-    rows, _, channels, features = kernel.shape
+    rows, columns, channels, features = kernel.shape
+    if rows == columns == 1 and not np.any(pads):
+        return x @ kernel[0, 0]
     out = x.shape[1] + sum(pads[0]) - rows + 1
     down = 1
     if max(channels, features) <= 16:
