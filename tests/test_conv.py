@@ -90,3 +90,19 @@ def test_gradients_stay_in_the_layout_that_the_cpu_compiler_knows():
     found = set(convolutions(gradient.jaxpr))
     canonical = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ('NHWC', 'HWIO', 'NHWC'))
     assert found == {canonical}
+
+
+def test_what_convolutions_read_is_computed_once():
+    """Forward pass, input gradient and kernel gradient take their operands in one shape."""
+    x = conv.enter(jnp.zeros((128, 32, 32, 24)))
+    assert len(x) == 2  # groups
+    layers = [conv.Conv(24, (3, 3), padding=1, use_bias=False) for _ in range(2)]
+    kernels = [layer.init(jax.random.PRNGKey(1), x) for layer in layers]
+
+    def loss(kernels):
+        hidden = nn.relu(2 * layers[0].apply(kernels[0], x))
+        return jnp.sum(jnp.sin(layers[1].apply(kernels[1], hidden)))
+
+    program = jax.jit(jax.grad(loss)).lower(kernels).compile().as_text()
+    # ReLU is what the second convolution reads, the cosine what its two gradients read.
+    assert (program.count(' maximum('), program.count(' cosine(')) == (1, 1)

@@ -21,8 +21,8 @@ is written as something that it does:
     kernel gradient   convolve the images with the incoming gradient, examples taking the place of the
                       channels, and channels lying side by side as the examples did; in chunks, see
                       ``_CHUNK_SUM``
-    1x1 kernels, and kernels larger than the output: a sum of matrix products, one for each position in
-                      the kernel
+    1x1 kernels       a matrix product, its kernel gradient as any other
+    kernels larger than the output: a sum of matrix products, one for each position in the kernel
 
 The same mathematics, summed in another order. On other backends this is ``nn.Conv``'s own operation.
 """
@@ -170,7 +170,11 @@ def _fit(x, axis, low, size):
 
 
 def _convolve_dense(x, kernel, pads):
-    """Stride 1: images ``[groups, height, width, examples, channels]``."""
+    """Stride 1: images ``[groups, height, width, examples, channels]``.
+
+    As rows they go in and are kept for the kernel gradient: XLA computes anew for each shape that an
+    array is asked for in.
+    """
     examples = x.shape[3]
     y = _convolve_rows(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel, pads, examples)
     return y.reshape(*y.shape[:2], -1, examples, y.shape[-1])
