@@ -164,7 +164,7 @@ class Experiment:
     def normalised_over(self, stage: schedules.Stage) -> int:
         """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""
         policy = self.model.batch_norm
-        if not self.has_batch_norm or policy == 'frozen':
+        if not self.has_batch_norm:
             return 0
         devices = self.plan.num_devices if policy == 'sync' else 1
         return models.check_batch_norm(policy) or stage.microbatch_size * devices
@@ -220,11 +220,6 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         policy = policies.create(config, rate, clock)
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
-        if config.model.batch_norm == 'frozen':
-            raise ValueError(
-                "batch_norm: got 'frozen', with which nothing is normalised; accepted: local, sync, or "
-                'ghost:N'
-            )
     with user_errors('config.batch'):
         largest = config.batch.max_per_device or policy.max_per_device
         plan = _plan(clock, policy, rate, largest, group, num_devices or jax.device_count())

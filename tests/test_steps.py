@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from adabatch_jax import compilation_cache as persistent_cache
 from adabatch_jax import distributed, models, optimizers, steps, train_state
+from adabatch_jax.steps import pure
 
 TRACES = []
 
@@ -291,6 +292,23 @@ def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
     logits = spec.model.apply(state.variables, jnp.zeros((2, *SHAPE)), train=False)
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_seen_in_whichever_array(value):
+    arrays = [np.full(shape, np.finfo(np.float32).max) for shape in ((), (3,), (2, 3, 4))]
+    all_finite = jax.jit(pure._all_finite)
+    assert all_finite(arrays)
+    for k, array in enumerate(arrays):
+        changed = array.copy()
+        changed.flat[-1] = value
+        assert not all_finite([*arrays[:k], changed, *arrays[k + 1 :]])
+
+
+def test_values_are_looked_at_once_however_many_arrays_there_are():
+    arrays = [np.zeros(k) for k in range(1, 9)]
+    program = jax.jit(pure._all_finite).lower(arrays).compile().as_text()
+    assert program.count(' is-finite(') == 1
 
 
 def test_learning_rate_enters_through_the_optimizers_hyperparameter():

@@ -41,9 +41,8 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       name: one of ``MODELS``.
       num_classes: width of the logits.
       **options: fields of the module: ``dtype`` of the activations (parameters, BatchNorm
-        statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``,
-        ``'frozen'``),
-        and those of the family, such as ``shortcut`` or ``zero_init_residual``.
+        statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``), and
+        those of the family, such as ``shortcut`` or ``zero_init_residual``.
 
     Returns:
       A module from images ``[batch, height, width, channels]`` to float32 logits

@@ -32,10 +32,9 @@ def check_batch_norm(batch_norm: str) -> int:
     name, _, size = batch_norm.partition(':')
     if name == 'ghost' and size.isdecimal() and int(size) > 1:
         return int(size)
-    if batch_norm not in ('local', 'sync', 'frozen'):
+    if batch_norm not in ('local', 'sync'):
         raise ValueError(
-            f'batch_norm: got {batch_norm!r}; accepted: local, sync, frozen, or ghost:N for groups of '
-            'N > 1'
+            f'batch_norm: got {batch_norm!r}; accepted: local, sync, or ghost:N for groups of N > 1'
         )
     return 0
 
@@ -110,11 +109,12 @@ def norm_layer(batch_norm: str, dtype: Any, train: bool) -> Callable[..., nn.Mod
     """BatchNorm with the statistics that ``batch_norm`` names; running statistics when not training.
 
     ``local`` takes them over one device's microbatch, ``sync`` over the microbatches that all
-    devices run at once, ``ghost:N`` over groups of N examples of a microbatch; ``frozen`` takes the
-    running ones in training too, and leaves them as they are. Running statistics move by 0.1 an update,
-    as PyTorch's do.
+    devices run at once, ``ghost:N`` over groups of N examples of a microbatch. Running statistics move
+    by 0.1 an update, as PyTorch's do. ``frozen``, for code and not for configs, takes them in training
+    too, and leaves them as they are.
     """
-    train = train and batch_norm != 'frozen'
+    if batch_norm == 'frozen':
+        return functools.partial(BatchNorm, train=False, dtype=dtype)
     group = check_batch_norm(batch_norm)
     axis_name = AXIS_NAME if batch_norm == 'sync' and train else None
     return functools.partial(BatchNorm, train=train, dtype=dtype, group=group, axis_name=axis_name)
