@@ -10,17 +10,20 @@ from jax import lax
 from adabatch_jax.models import conv
 
 
-@pytest.mark.parametrize('group_pixels, chunk_sum', [(2**16, 2**12), (2**10, 2**4)])
+@pytest.mark.parametrize(
+    'group_pixels, chunk_sum, fewest_for_matrix', [(2**16, 2**12, 64), (2**10, 2**4, 1)]
+)
 @pytest.mark.parametrize('stride', [1, 2, 4])
 @pytest.mark.parametrize('kernel, padding', [(1, 0), (3, 1), (3, 0), (5, 2), (11, 5)])
 @pytest.mark.parametrize(
     'shape', [(3, 16, 16, 3), (16, 12, 13, 8), (37, 11, 12, 4), (5, 4, 6, 16), (21, 20, 22, 4)]
 )
 def test_values_and_gradients_are_those_of_the_plain_operation(
-    stride, kernel, padding, shape, group_pixels, chunk_sum, monkeypatch
+    stride, kernel, padding, shape, group_pixels, chunk_sum, fewest_for_matrix, monkeypatch
 ):
     monkeypatch.setattr(conv, '_GROUP_PIXELS', group_pixels)  # the smaller: several groups and chunks
     monkeypatch.setattr(conv, '_CHUNK_SUM', chunk_sum)
+    monkeypatch.setattr(conv, '_FEWEST_FOR_MATRIX', fewest_for_matrix)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
     w = jnp.asarray(rng.normal(size=(kernel, kernel, shape[-1], 6)), jnp.float32)

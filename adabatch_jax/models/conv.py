@@ -22,7 +22,9 @@ is written as something that it does:
                       channels, and channels lying side by side as the examples did; in chunks, see
                       ``_CHUNK_SUM``
     1x1 kernels       a matrix product, its kernel gradient as any other
-    kernels larger than the output: a sum of matrix products, one for each position in the kernel
+    kernels larger than the output: a matrix product, the kernel as a matrix from all pixels of an image
+                      to all of its output; where few images are not worth making that, or it would be
+                      large, a sum of products, one for each position in the kernel
 
 The same mathematics, summed in another order. On other backends this is ``nn.Conv``'s own operation.
 """
@@ -47,6 +49,8 @@ _GROUP_PIXELS = 2**16
 _CHUNK_SUM = 2**12
 _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at most
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
+_FEWEST_FOR_MATRIX = 64  # images
+_LARGEST_MATRIX = 16  # times the kernel
 
 
 def in_groups() -> bool:
@@ -124,12 +128,23 @@ def _convolve_groups(x, kernel, strides, padding):
     ]
     overhangs = any(k > out for k, out in zip(kernel.shape, outputs, strict=False))
     if overhangs and x.shape[-1] >= 16:
-        return _sum_of_products(x, kernel, strides, padding, outputs)
+        many = x.shape[0] * x.shape[3] >= _FEWEST_FOR_MATRIX
+        copies = np.prod(x.shape[1:3]) * np.prod(outputs) / np.prod(kernel.shape[:2])
+        product = _matrix_product if many and copies <= _LARGEST_MATRIX else _sum_of_products
+        return product(x, kernel, strides, padding, outputs)
     if kernel.shape[:2] == (1, 1) and not padding:
         return _convolve_dense(x[:, :: strides[0], :: strides[1]], kernel, ((0, 0), (0, 0)))
     if strides != (1, 1):
         return _strided(x, kernel, strides, padding, outputs)
     return _convolve_dense(x, kernel, ((padding,) * 2,) * 2)
+
+
+def _matrix_product(x, kernel, strides, padding, outputs):
+    """With one matrix from the pixels of an image to those of its output; without their padding."""
+    for axis, (size, stride, out) in enumerate(zip(x.shape[1:3], strides, outputs, strict=True)):
+        seen = [_fit(kernel, 2 * axis, p * stride - padding, size) for p in range(out)]
+        kernel = jnp.stack(seen, axis)
+    return jnp.einsum('ghwei,pqhwio->gpqeo', x, kernel)
 
 
 def _sum_of_products(x, kernel, strides, padding, outputs):
