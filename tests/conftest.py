@@ -5,8 +5,7 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
-if 'PYTEST_XDIST_WORKER' not in os.environ:  # one for all workers, which find it in the environment
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
 
 import gc
 import pathlib
@@ -27,9 +26,10 @@ def two_devices():
     assert jax.device_count() == 2
 
 
-def pytest_unconfigure():
-    if 'PYTEST_XDIST_WORKER' not in os.environ:
-        shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+@pytest.fixture(scope='session', autouse=True)
+def private_compilation_cache():
+    yield
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(scope='module', autouse=True)
