@@ -305,7 +305,7 @@ def test_one_value_that_is_not_finite_is_seen_in_whichever_array(value):
         assert not all_finite([*arrays[:k], changed, *arrays[k + 1 :]])
 
 
-def test_values_are_looked_at_once_however_many_arrays_there_are():
+def test_on_the_cpu_values_are_looked_at_once_however_many_arrays_there_are():
     arrays = [np.zeros(k) for k in range(1, 9)]
     program = jax.jit(pure._all_finite).lower(arrays).compile().as_text()
     assert program.count(' is-finite(') == 1
