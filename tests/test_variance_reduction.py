@@ -518,7 +518,7 @@ def test_many_parts_of_a_snapshot_do_not_wait_for_one_another(tmp_path):
             {'optimizer.svrg.snapshot_passes': 1e-6, 'num_epochs': 1000.0},
             'svrg.snapshot_passes: got 1e-06, which',
         ),
-        ('sgd', {'model.batch_norm': 'frozen'}, "batch_norm: got 'frozen'; accepted: local, sync, or"),
+        ('sgd', {'model.batch_norm': 'frozen'}, "model.batch_norm: got 'frozen'; accepted: local, sync"),
     ],
 )
 def test_mistakes_name_the_key(optimizer, changes, message):

@@ -178,7 +178,7 @@ def _strided(x, kernel, strides, padding, outputs):
 
 
 def _fit(x, axis, low, size):
-    """Zeros before, and zeros or a cut behind, for a size."""
+    """Zeros or a cut before and behind, for a size."""
     pads = [(0, 0, 0)] * x.ndim
     pads[axis] = (low, size - low - x.shape[axis], 0)
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
