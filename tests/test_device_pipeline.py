@@ -37,6 +37,12 @@ def test_examples_and_pixels_are_those_of_tf_data(augment, remainder):
         np.testing.assert_array_equal(labels, expected['label'])
 
 
+def test_the_steps_of_one_seed_are_those_of_all():
+    changes = DEVICE | {'dataset.name': 'digits', 'dataset.augment': 'pad_crop_flip'}
+    a, b = (experiment.describe(resolve(tiny(**changes, seed=seed))) for seed in (0, 1))
+    assert a.train_spec(8) == b.train_spec(8)
+
+
 def test_one_update_and_several_take_the_same_examples():
     parts, pipeline = pipeline_of(**DEVICE)
     updates = list(itertools.islice(parts.clock.updates(40, 8), 3))

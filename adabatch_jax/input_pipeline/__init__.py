@@ -75,7 +75,7 @@ def load_on_device(config, info: DatasetInfo, needed: bool = False) -> Load | No
         raise ValueError(
             f"pipeline: got 'device'; accepted for {dataset.name}: tf_data (its images stay on disk)"
         )
-    load = Load(config.seed, info.num_train, info.image_shape, *order.augmentation(dataset))
+    load = Load(info.num_train, info.image_shape, *order.augmentation(dataset))
     if wanted == 'auto' and importlib.util.find_spec('tensorflow') is not None:
         return load if jax.default_backend() != 'cpu' and load.num_bytes() <= DEVICE_BYTES else None
     return load

@@ -21,27 +21,31 @@ from adabatch_jax.input_pipeline.in_memory import InMemory
 class Load:
     """Takes examples from a data set on the device and augments them.
 
+    The seed of the augmentation comes with the data: a step is the same for all seeds.
+
     Attributes:
-      seed: of the augmentation.
       num_examples: in the data set.
       image_shape: height, width, channels.
       padding: pixels of zeros around the stored images, before a random crop.
       flip: whether to mirror half of the images.
     """
 
-    seed: int
     num_examples: int
     image_shape: tuple[int, int, int]
     padding: int
     flip: bool
 
     def data_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the data set as it is stored: images with their padding, so that a crop is one copy."""
+        """Of the data set as it is stored: images with their padding, so that a crop is one copy.
+
+        With it, ``seed`` of the augmentation.
+        """
         height, width, channels = self.image_shape
         stored = (self.num_examples, height + 2 * self.padding, width + 2 * self.padding, channels)
         return {
             'image': jax.ShapeDtypeStruct(stored, jnp.uint8),
             'label': jax.ShapeDtypeStruct((self.num_examples,), jnp.int32),
+            'seed': jax.ShapeDtypeStruct((), jnp.uint32),
         }
 
     def num_bytes(self) -> int:
@@ -60,7 +64,7 @@ class Load:
         """
         index = examples['example']
         offsets, mirrored = order.crop_and_flip(
-            self.seed, examples['epoch'], index, self.padding, self.flip, jnp
+            data['seed'], examples['epoch'], index, self.padding, self.flip, jnp
         )
 
         def crop(index, offset):
@@ -82,7 +86,8 @@ class DevicePipeline(InMemory):
         images, labels = self.train
         padding = (load.padding, load.padding)
         images = np.pad(images, ((0, 0), padding, padding, (0, 0)))
-        self._data = distributed.put_everywhere({'image': images, 'label': labels})
+        data = {'image': images, 'label': labels, 'seed': np.uint32(config.seed)}
+        self._data = distributed.put_everywhere(data)
         self.train = None
 
     def close(self) -> None:

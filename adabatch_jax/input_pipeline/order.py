@@ -98,13 +98,13 @@ def random_bits(seed: int, epochs, examples, draws: int, xp=np):
     public domain), in 32-bit arithmetic, which NumPy and a device do alike.
 
     Args:
-      seed: of 64 bits at most.
+      seed: of 32 bits at most.
       epochs: of each example.
       examples: indices, of as many.
       draws: of each.
       xp: ``numpy``, or ``jax.numpy`` to draw inside a compiled function.
     """
-    words = (seed & 0xFFFFFFFF, seed >> 32, epochs[:, None], examples[:, None], np.arange(draws))
+    words = (seed, 0, epochs[:, None], examples[:, None], np.arange(draws))
     state = xp.zeros((len(examples), draws), np.uint32)
     for word in words:
         state = (state ^ xp.asarray(word, np.uint32)) + np.uint32(0x9E3779B9)
