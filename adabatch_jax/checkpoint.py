@@ -86,7 +86,7 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host))
             writer.save(path, args=args)
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
-            self.failed(step, error)
+            self._fail(step, error)
             return
         self._finishing = self._executor.submit(self._finish, step, path, writer, digest)
 
@@ -100,7 +100,7 @@ class Checkpointer:
             path.rename(self._directory / str(step))
             _sync(self._directory)
         except (OSError, ValueError, RuntimeError) as error:
-            self.failed(step, error)
+            self._fail(step, error)
             return
         self._saved, self._error = step, None
         with contextlib.suppress(OSError):  # one too many is tried again with the next
@@ -117,6 +117,10 @@ class Checkpointer:
 
     def failed(self, step: int, error: Exception) -> None:
         """Takes note that a checkpoint could not be saved, and reports it."""
+        self._join()  # the one before may be sound
+        self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception) -> None:
         self._error = step, error
         self._clear()  # a full disk needs the room
         last = f'the last good one is that of update {self._saved}' if self._saved else 'there is none'

@@ -25,7 +25,7 @@ def user_errors(key: str, kinds: tuple[type[Exception], ...] = (ValueError, OSEr
     except ConfigError:
         raise
     except kinds as error:
-        joint = '.' if re.match(r'\w+: ', str(error)) else ': '
+        joint = '.' if re.match(r'\w+(\.\w+)*: ', str(error)) else ': '
         raise ConfigError(f'{key}{joint}{error}') from error
 
 

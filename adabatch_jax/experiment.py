@@ -84,11 +84,14 @@ class Experiment:
     def updates_per_dispatch(self, batch_size: int) -> int:
         """How many updates are made at once where nothing comes between them."""
         config = self.config
-        if not (self.load and self.policy.planned) or config.learning_rate.rule != 'schedule':
+        if not self.load or self.policy.observes or config.learning_rate.rule != 'schedule':
             return 1
         if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
             return max(1, config.compile.updates_per_dispatch)
-        return max(1, DISPATCH_EXAMPLES // batch_size)
+        most = max(1, DISPATCH_EXAMPLES // batch_size)
+        every = min(config.eval_every_epochs, config.checkpoint_every_epochs)
+        between = max(1, self.clock.examples(every) // batch_size)  # from one pause to the next
+        return between // math.ceil(between / most)  # in as few dispatches, of equal length
 
     def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
         """The train steps of a stage, by the number of updates that they make."""

@@ -17,6 +17,7 @@ class HostState:
     Attributes:
       schedule: keys and values of the config that a run may be continued with others of.
       policy: the policy's state.
+      ladder: the policy's, to which its state belongs.
       max_per_device: the largest microbatch in use.
       upcoming: the next update, None where there is none: ``start``, ``batch_size``, and the ``reason``,
         ``inputs`` and ``gain`` of the decision. It was decided one observation behind, and a continued
@@ -36,6 +37,7 @@ class HostState:
 
     schedule: dict[str, Any]
     policy: dict[str, Any]
+    ladder: list[int] = dataclasses.field(default_factory=list)
     max_per_device: int = 0
     upcoming: dict[str, Any] | None = None
     stage: int = -1

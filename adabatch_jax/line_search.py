@@ -21,30 +21,35 @@ MAX_HALVINGS = 30
 
 def armijo(
     loss: Callable[[Any], jax.Array], params: Any, direction: Any, slope: jax.Array, start: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Halves a step size until ``loss(x + a d) <= loss(x) + c a slope``, with c = 0.1.
 
     Args:
       loss: of parameters, on one batch. Inside a mapped axis it has to be the same on every device.
       params: x.
       direction: d, a pytree like ``params``.
-      slope: derivative of the loss along d at x. Where it is not negative, d does not go downhill and
-        the smallest step is taken.
+      slope: derivative of the loss along d at x; where it is not negative, d does not go downhill.
       start: the step size to try first.
 
     Returns:
-      The step size: at least ``start / 2**30``.
+      The step size, and whether it was found. Uphill, and where the decrease that is asked for is lost
+      in rounding, none is: then the step size is ``start / 2**30``, and says nothing about later ones.
     """
     before = loss(params)
 
-    def fails(carry):
-        halvings, size = carry
-        moved = jax.tree.map(lambda x, d: x + size * d, params, direction)
+    def asks(halvings, size):
         bound = before + SUFFICIENT_DECREASE * size * slope
-        return (halvings < MAX_HALVINGS) & ~(loss(moved) <= bound)  # a loss that is not a number fails
+        return bound, (halvings < MAX_HALVINGS) & (bound < before)
+
+    def fails(carry):
+        moved = jax.tree.map(lambda x, d: x + carry[1] * d, params, direction)
+        bound, goes_on = asks(*carry)
+        return goes_on & ~(loss(moved) <= bound)  # a loss that is not a number fails
 
     halve = lambda carry: (carry[0] + 1, carry[1] / 2)  # noqa: E731
-    return lax.while_loop(fails, halve, (jnp.int32(0), start))[1]
+    halvings, size = lax.while_loop(fails, halve, (jnp.int32(0), start))
+    _, is_found = asks(halvings, size)
+    return jnp.where(is_found, size, start / 2**MAX_HALVINGS), is_found
 
 
 def barzilai_borwein(

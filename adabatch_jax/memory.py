@@ -65,7 +65,8 @@ def fit(
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)
     largest, as_given = experiment.plan.ladder[-1], experiment
-    while (needed := memory_of(experiment.train_spec(largest))) > available:
+    # The processes have to agree, and what their compilers tell may differ.
+    while (needed := distributed.largest(memory_of(experiment.train_spec(largest)))) > available:
         microbatch, _ = experiment.plan.split(largest)
         smallest = experiment.plan.microbatch_multiple
         if microbatch == smallest:

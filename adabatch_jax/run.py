@@ -61,18 +61,16 @@ class Run:
         self.in_flight: InFlight | None = None
         self.effective_rates = EffectiveRates(self.clock, experiment.learning_rate)
         self.upcoming: schedules.Update | None = None
-        self.decision: policies.Decision | None = None  # of the upcoming update
+        self.decision = policies.Decision(host.batch_size, '')  # of the upcoming update
         self.display = progress.ProgressDisplay(experiment.plan, self.examples_seen)
         now = schedule_of(experiment.config)
         self.schedule_changes, host.schedule = changes(host.schedule, now), now
-        if any(change.startswith('batch.') for change in self.schedule_changes):  # another ladder
-            host.policy = experiment.policy.initial_state()
-        if self.step == 0 or self.schedule_changes:
-            self.decide()
-        elif host.upcoming is not None:
+        if host.upcoming is not None:
             decided = dict(host.upcoming)
             self.upcoming = self.clock.update_at(decided.pop('start'), decided['batch_size'])
             self.decision = policies.Decision(**decided)
+        if self.step == 0 or self.schedule_changes:
+            self.decide()
 
     @property
     def epoch(self) -> float:
@@ -172,15 +170,17 @@ class Run:
         updates = self.clock.updates(self.upcoming.start, self.upcoming.batch_size)
         updates = list(itertools.islice(updates, count))
         config, policy = self.experiment.config, self.experiment.policy
+        seen = self.examples_seen
         for before, update in itertools.pairwise(updates):
             if (
                 update.start >= self.clock.total_examples
                 or policy.decide(self.host.policy, update.start) != self.decision
                 or self.experiment.divides(before, update)
-                or self._passes(config.eval_every_epochs, before.start, before.end)
-                or self._passes(config.checkpoint_every_epochs, before.start, before.end)
+                or self._passes(config.eval_every_epochs, seen, before.end)
+                or self._passes(config.checkpoint_every_epochs, seen, before.end)
             ):
                 return updates[:1]
+            seen = before.end
         return updates
 
     def dispatch(self) -> InFlight | None:

@@ -193,7 +193,7 @@ def open_run(
         state = experiment.initial_state()
         if not is_new:
             state, host = _restored(folder, state)
-        if max_per_device := attempt.max_per_device or _kept_microbatch(config, host):
+        if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
         experiment = memory.fit(experiment)
         state = distributed.replicate(distributed.share(state))
@@ -210,7 +210,8 @@ def open_run(
                 stack.enter_context(contextlib.closing(saver))
 
         distributed.from_first(open_files)
-        run = Run(experiment, pipeline, writer, saver, state, _host_state(experiment, host))
+        kept = _host_state(experiment, host, int(state.examples_seen))
+        run = Run(experiment, pipeline, writer, saver, state, kept)
         if attempt.fall_backs is not None:
             run.host.counts['fall_backs'] = attempt.fall_backs
         stack.enter_context(contextlib.closing(run.streams))
@@ -236,15 +237,28 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
     return state, host
 
 
-def _host_state(experiment: Experiment, saved: dict[str, Any] | None) -> HostState:
+def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_seen: int) -> HostState:
+    """That of a checkpoint, or of a run that begins.
+
+    A policy keeps its state through changes of the config that leave it its ladder.
+    """
+    policy, now = experiment.policy, schedule_of(experiment.config)
     if saved is None:
-        return HostState(schedule_of(experiment.config), experiment.policy.initial_state())
+        return HostState(now, policy.initial_state(), ladder=list(policy.ladder))
     names = {field.name for field in dataclasses.fields(HostState)}
-    return HostState(**{name: value for name, value in saved.items() if name in names})
+    host = HostState(**{name: value for name, value in saved.items() if name in names})
+    is_same = host.schedule.get('batch.policy') == now['batch.policy']
+    if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):
+        known, epoch = host.policy if is_same else {}, experiment.clock.epoch(examples_seen)
+        host.policy = policy.continued(known, epoch, host.batch_size)
+    host.ladder = list(policy.ladder)
+    return host
 
 
-def _kept_microbatch(config, host: dict[str, Any] | None) -> int | None:
-    """The largest microbatch that a checkpoint was trained with, unless it is to be changed."""
-    if host is None or host['schedule'].get('batch.max_per_device') != config.batch.max_per_device:
+def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
+    """The largest microbatch that a checkpoint was trained with, unless it or the ladder is another."""
+    if host is None or host.get('ladder') != list(experiment.policy.ladder):
+        return None
+    if host['schedule'].get('batch.max_per_device') != experiment.config.batch.max_per_device:
         return None
     return host['max_per_device']

@@ -6,6 +6,8 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
+# Most of the time goes into compiling small steps. For the code as runs have it: XLA_FLAGS='' pytest.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import gc
 import pathlib

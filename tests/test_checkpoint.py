@@ -53,6 +53,18 @@ def test_the_two_latest_and_the_best_are_kept(tmp_path, accuracies, kept):
         assert checkpoint.best_step(tmp_path) in kept
 
 
+def test_a_failure_beside_a_save_leaves_it_to_its_end(tmp_path):
+    lines = []
+    saver = checkpoint.Checkpointer(tmp_path, lines.append)
+    saver.save(1, STATE, {})
+    saver.failed(2, OSError(errno.ENOSPC, 'No space left on device'))
+    assert checkpoint.steps(tmp_path) == [1]
+    assert len(lines) == 1 and 'the last good one is that of update 1' in lines[0]
+    with pytest.raises(checkpoint.SaveFailed, match='update 2'):
+        saver.wait()
+    saver.close()
+
+
 def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path):
     save(tmp_path, 0.5)
     before = files(tmp_path)

@@ -82,6 +82,28 @@ def test_a_branch_that_diverges_is_not_tolerated_and_the_top_of_the_ladder_is_no
     assert policy.probes(state, 8 * NUM_EXAMPLES) == ()
 
 
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'batch.growth_factor': 1.1, 'batch.base_size': 100, 'batch.statistics.min_size': 0},
+        {'batch.statistics.hysteresis': 2.0},
+    ],
+)
+def test_a_rung_that_is_tolerated_is_taken_however_near_it_is(changes):
+    policy = make_probing(**changes)
+    sizes = policy.ladder[:2]
+    start = {**policy.initial_state(), 'rung': 0}
+    state = policy.probed(start, 2 * NUM_EXAMPLES, dict.fromkeys(sizes, 1.0))
+    assert policy.decide(state, 0).batch_size == sizes[1]
+
+
+def test_a_finished_run_is_prolonged_where_a_probe_is_due(tmp_path):
+    train.train(tiny(**PROBING | {'num_epochs': 1.0}), tmp_path)
+    longer = train.train(tiny(**PROBING), tmp_path, allow_schedule_change=True)
+    assert longer['probe_examples'] > 0
+    assert [stage['batch_size'] for stage in of_kind(tmp_path, 'stage')][-1] == 32
+
+
 def test_probing_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(critical_batch, 'tolerated', lambda losses, tolerance: min(losses))
     probed = train.train(tiny(**PROBING), tmp_path / 'probed')

@@ -131,18 +131,42 @@ def test_updates_are_dispatched_together_up_to_whatever_comes_between(tmp_path, 
 def test_policies_that_look_at_every_update_get_them_one_by_one():
     parts = experiment.describe(resolve(tiny(**SEVERAL | {'batch.policy': 'noise_scale'})))
     assert parts.updates_per_dispatch(8) == 1
+    planned = {'batch.policy': 'adascale', 'batch.base_size': 16}  # but for its learning rates
+    parts = experiment.describe(resolve(tiny(**SEVERAL | planned)))
+    assert parts.updates_per_dispatch(16) == 1
     parts = experiment.describe(resolve(tiny(**SEVERAL)))
     assert parts.updates_per_dispatch(8) == 4
 
 
 def test_an_accelerator_gets_full_dispatches_and_the_data(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    parts = experiment.describe(resolve(tiny()))
+    parts = experiment.describe(resolve(tiny(**{'dataset.num_examples': 2 * 8 * 4096})))
     assert parts.load is not None
-    assert parts.updates_per_dispatch(8) * 8 == experiment.DISPATCH_EXAMPLES
+    assert parts.updates_per_dispatch(8) * 8 == experiment.DISPATCH_EXAMPLES == 4096
     assert parts.updates_per_dispatch(8192) == 1
     monkeypatch.setattr(input_pipeline, 'DEVICE_BYTES', 1000)
     assert experiment.describe(resolve(tiny())).load is None
+
+
+def test_a_dispatch_is_no_longer_than_what_lies_between_two_pauses(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    parts = experiment.describe(resolve(tiny(**{'dataset.num_examples': 12_000})))
+    # Every half epoch, 6,000 examples: 750 updates, of which 512 at most at once; 93; 1.
+    assert [parts.updates_per_dispatch(size) for size in (8, 64, 4096)] == [375, 46, 1]
+
+
+@pytest.mark.parametrize('several', [1, 2, 4])
+def test_the_skipped_rest_of_an_epoch_ends_with_its_evaluation(tmp_path, several):
+    changes = {
+        'compile.updates_per_dispatch': several,
+        'dataset.remainder': 'drop',
+        'batch.policy': 'stages',
+        'batch.stages': ((0.0, 8), (0.88, 16), (2.0, 8)),
+        'checkpoint_every_epochs': 1.0,
+    }
+    train.train(tiny(**DEVICE | changes), tmp_path)
+    # A batch of 16 does not fit behind 88 of 100 examples: the next epoch begins with it.
+    assert [record['examples_seen'] for record in of_kind(tmp_path, 'eval')] == [116, 200, 300]
 
 
 def test_images_that_stay_on_disk_are_refused(tmp_path):

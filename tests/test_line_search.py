@@ -19,7 +19,9 @@ def search(start, direction=None):
     gradient = jax.grad(loss)(X)
     direction = direction or jax.tree.map(jnp.negative, gradient)
     slope = jnp.vdot(gradient['w'], direction['w'])
-    return float(jax.jit(line_search.armijo, static_argnums=0)(loss, X, direction, slope, start))
+    size, is_found = jax.jit(line_search.armijo, static_argnums=0)(loss, X, direction, slope, start)
+    assert is_found == (slope < 0)
+    return float(size)
 
 
 @pytest.mark.parametrize('start', [0.01, 1.0, 100.0])
@@ -32,10 +34,10 @@ def test_armijo_takes_the_first_half_that_decreases_enough(start):
 
 
 def test_armijo_gives_up_uphill_and_where_the_loss_is_not_finite():
-    # Where the loss no longer changes in single precision, uphill looks level.
     assert search(1.0, {'w': H * X['w']}) < 1e-6
-    bad = line_search.armijo(lambda x: x['w'][0] * jnp.nan, X, X, jnp.float32(-1.0), jnp.float32(1.0))
-    assert bad == 2.0**-30
+    for nowhere in (lambda x: x['w'][0] * jnp.nan, lambda x: 1.0 + 0 * x['w'][0]):
+        size, is_found = line_search.armijo(nowhere, X, X, jnp.float32(-1.0), jnp.float32(1.0))
+        assert size == 2.0**-30 and not is_found
 
 
 @pytest.mark.parametrize('fraction', [0.25, 1.0])

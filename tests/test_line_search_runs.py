@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_steps import make_batch, make_spec, make_state, numpy_gradient, run_step
 from test_train import StopAt, of_kind, tiny, without_times
@@ -78,6 +79,20 @@ def test_later_searches_begin_at_a_multiple_of_where_the_last_one_ended():
     assert doubled['learning_rate'] == jnp.float32(2e-4)
 
 
+@pytest.mark.parametrize('rule', ['armijo', 'barzilai_borwein'])
+def test_a_momentum_that_leads_uphill_does_not_make_later_searches_begin_at_its_tiny_step(rule):
+    fields = {'statistics': 'norms', 'fraction': 0.5} if rule == 'barzilai_borwein' else {}
+    spec = dataclasses.replace(make_spec(momentum=0.9, num_microbatches=2), rule=rule, **fields)
+    batch = make_batch(BATCH)
+    before, _ = run_step(spec, make_state(spec), batch, 1e-3)
+    start = before.opt_state.hyperparams['learning_rate']
+    uphill = jax.tree.map(lambda x: -1000 * x, optax.tree.get(before.opt_state, 'trace'))
+    before = before.replace(opt_state=optax.tree.set(before.opt_state, trace=uphill))
+    after, sums = run_step(spec, before, batch, 1.0)
+    assert sums['learning_rate'] == start / 2**30
+    assert after.opt_state.hyperparams['learning_rate'] == start
+
+
 CHANGES = {
     'learning_rate.rule': 'barzilai_borwein',
     'learning_rate.effective': 1.0,
@@ -128,11 +143,24 @@ def test_growth_of_the_batch_doubles_where_the_next_search_begins(tmp_path):
             {'batch.policy': 'adascale'},
             'config.batch.policy: got .* goes with planned learning rates only',
         ),
+        (
+            {'batch.policy': 'increase_dont_decay', 'learning_rate.coupling': 'linear'},
+            'config.batch.policy: got .* goes with planned learning rates only',
+        ),
+        (
+            {'batch.policy': 'seesaw', 'learning_rate.schedule': 'cosine'},
+            'config.batch.policy: got .* goes with planned learning rates only',
+        ),
     ],
 )
 def test_what_a_search_cannot_go_with_is_a_mistake(changes, message):
     with pytest.raises(ConfigError, match=message):
         train.plan(tiny(**CHANGES | changes))
+
+
+def test_a_batch_at_its_ceiling_is_no_mistake_where_nothing_decays_by_plan():
+    plan = train.plan(tiny(**CHANGES | {'batch.max_size': 16}))
+    assert [stage.batch_size for stage in plan.stages] == [8, 16]
 
 
 def test_the_plan_says_that_rates_are_searched_for():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -179,6 +180,63 @@ def test_another_microbatch_can_be_asked_for(tmp_path):
     smaller = tiny(**{'batch.max_per_device': 2})
     train.train(smaller, tmp_path, allow_schedule_change=True)
     assert [s['microbatch_size'] for s in of_kind(tmp_path, 'stage')] == [4, 2, 2, 2]
+
+
+def sizes_from(directory, step):
+    return [s['batch_size'] for s in of_kind(directory, 'stage') if s['step'] >= step]
+
+
+GROWS = {
+    'batch.policy': 'plateau',
+    'batch.patience_epochs': 1,
+    'batch.min_improvement': 0.9,
+    'batch.max_size': 32,
+    'num_epochs': 4.0,
+}
+
+
+@pytest.fixture(scope='module')
+def grown(tmp_path_factory):
+    """A run that was stopped at epoch 2.4 with a batch of 16, the second of three, growth to come."""
+    directory = tmp_path_factory.mktemp('grown')
+    with pytest.raises(train.Preempted):
+        train.train(tiny(**GROWS), directory, StopAt(29))
+    assert sizes_from(directory, 0) == [8, 16]
+    return directory
+
+
+@pytest.mark.parametrize(
+    'changes, sizes',
+    [
+        ({'batch.max_per_device': 2}, [16, 32]),  # the state as it was: grows at epoch 3
+        ({'batch.max_size': 16}, [16]),  # up to the new ceiling
+        ({'batch.base_size': 4}, [16, 32]),
+        ({'batch.base_size': 12, 'batch.max_size': 24}, [12, 24]),  # the nearest rung
+        ({'batch.policy': 'norm_test', 'batch.statistics.decision_epochs': 9.0}, [16]),
+        ({'batch.policy': 'fixed', 'batch.base_size': 4}, [4]),  # which has nothing to go on with
+    ],
+)
+def test_a_policy_goes_on_where_it_was_as_far_as_its_ladder_allows(grown, tmp_path, changes, sizes):
+    shutil.copytree(grown, tmp_path / 'run')
+    train.train(tiny(**GROWS | changes), tmp_path / 'run', allow_schedule_change=True)
+    (session,) = of_kind(tmp_path / 'run', 'session')[1:]
+    assert sizes_from(tmp_path / 'run', session['step']) == sizes
+
+
+def test_a_policy_that_begins_in_mid_run_sums_losses_from_there_on(tmp_path):
+    with pytest.raises(train.Preempted):
+        train.train(tiny(**GROWS | {'batch.policy': 'fixed'}), tmp_path, StopAt(20))
+    train.train(tiny(**GROWS), tmp_path, allow_schedule_change=True)
+    (session,) = of_kind(tmp_path, 'session')[1:]
+    assert session['epoch'] > 1.5 and sizes_from(tmp_path, session['step']) == [8, 16]
+
+
+def test_a_larger_batch_than_before_gets_the_microbatch_that_memory_allows(tmp_path):
+    train.train(tiny(**{'batch.max_size': 8, 'num_epochs': 1.0}), tmp_path)
+    changed = tiny(**{'batch.max_size': 32, 'num_epochs': 2.0, 'batch.growth_epochs': 0.5})
+    train.train(changed, tmp_path, allow_schedule_change=True)
+    stages = of_kind(tmp_path, 'stage')
+    assert stages[-1]['batch_size'] == 32 and {s['num_microbatches'] for s in stages} == {1}
 
 
 def test_a_finished_run_can_be_prolonged(tmp_path):

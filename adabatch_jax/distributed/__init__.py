@@ -21,6 +21,7 @@ from adabatch_jax.distributed.processes import (
     is_first,
     is_joined,
     join,
+    largest,
     share,
     smallest,
 )
@@ -34,6 +35,7 @@ __all__ = [
     'is_first',
     'is_joined',
     'join',
+    'largest',
     'local_rows',
     'mesh',
     'put',

@@ -191,6 +191,11 @@ def smallest(value: float) -> float:
     return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
+def largest(value: float) -> float:
+    """The largest of the values that the processes give, in single precision."""
+    return -smallest(-value)
+
+
 def asked_to_stop(stop: threading.Event | None) -> bool:
     """Whether to save and end; the same answer in every process after the same dispatch.
 

@@ -55,13 +55,14 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
     Raises:
       ValueError: an unknown name, or settings with which the policy could not do its work.
     """
-    policy, rule = _module(config).create(config, rate, clock), config.learning_rate.rule
+    module, rule = _module(config), config.learning_rate.rule
+    if rule != 'schedule' and getattr(module, 'NEEDS_SCHEDULE', False):
+        raise ValueError(
+            f'policy: got {config.batch.policy!r}, which goes with planned learning rates only, and '
+            f'learning_rate.rule {rule!r}; choose another policy or rule schedule'
+        )
+    policy = module.create(config, rate, clock)
     if rule != 'schedule':
-        if policy.needs_schedule:
-            raise ValueError(
-                f'policy: got {config.batch.policy!r}, which goes with planned learning rates only, and '
-                f'learning_rate.rule {rule!r}; choose another policy or rule schedule'
-            )
         policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
     measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     if measured and not policy.statistics:

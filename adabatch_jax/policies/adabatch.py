@@ -27,6 +27,8 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     if events:
         check_grows([t.batch_size for t in transitions], batch)
     grown = {t.examples_seen for t in transitions}
+    if config.learning_rate.rule != 'schedule':  # nothing decays, whatever the batch does
+        return PlannedPolicy(transitions)
     for before, event in zip((0, *events), events, strict=False):
         start, end = clock.epoch(before), clock.epoch(event)
         if event not in grown and rate.effective_at(end) >= rate.effective_at(start):

@@ -20,6 +20,7 @@ from adabatch_jax.policies import fixed, stages
 from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, State, decayed
 
 COUPLING = 'none'
+NEEDS_SCHEDULE = True
 
 
 def gain(variance: float, squared_gradient: float, scale: float) -> float:
@@ -39,7 +40,6 @@ class AdaScale(PlannedPolicy):
     """Planned batch sizes, with a gain of the learning rate from averages of the statistics."""
 
     statistics = 'norms'
-    needs_schedule = True
     note = (
         'The learning rate is multiplied by the gain that AdaScale measures: from 1 up to batch size / '
         'reference batch size; shown: 1.'

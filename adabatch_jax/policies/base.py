@@ -69,7 +69,6 @@ class Policy:
       statistics: which statistics of the gradients it observes: none (``''``), ``'norms'`` (``variance``
         and ``squared_gradient``) or ``'inner_products'`` (all).
       max_per_device: largest microbatch, where the policy has to have one; 0 where it does not matter.
-      needs_schedule: whether it goes with planned learning rates only.
       probe_examples: length of a branch, for policies that probe.
       note: a sentence about it for people who read the plan.
     """
@@ -80,13 +79,27 @@ class Policy:
     may_shrink = False
     statistics = ''
     max_per_device = 0
-    needs_schedule = False
     probe_examples = 0
     note = ''
+
+    @property
+    def observes(self) -> bool:
+        """Whether decisions depend on what was observed, and not on the position alone."""
+        return type(self).observe is not Policy.observe
 
     def initial_state(self) -> State:
         """The state before the first update."""
         return {}
+
+    def continued(self, state: State, epoch: float, batch_size: int) -> State:
+        """The state to go on with in the middle of a run whose policy or ladder is now another.
+
+        Args:
+          state: of this policy with another ladder; empty where the policy was another.
+          epoch: where the run is.
+          batch_size: what it trained with last.
+        """
+        return state or self.initial_state()
 
     def observe(self, state: State, observation: Observation) -> State:
         """The state after one more update has been seen."""
@@ -117,6 +130,12 @@ class PlannedPolicy(Policy):
     def decide(self, state: State, examples_seen: int) -> Decision:
         transition = transition_at(self.transitions, examples_seen)
         return Decision(transition.batch_size, transition.reason)
+
+
+def nearest_rung(rungs: tuple[int, ...], batch_size: int) -> State:
+    """The ``rung`` of a ladder that is nearest to a batch size, as a ratio, and the ``reason``."""
+    rung = min(range(len(rungs)), key=lambda k: abs(math.log(rungs[k] / batch_size)))
+    return {'rung': rung, 'reason': f'goes on with {rungs[rung]}, the nearest to {batch_size}'}
 
 
 def decayed(sums: dict[str, float], quantities: dict[str, float], decay: float) -> dict[str, float]:

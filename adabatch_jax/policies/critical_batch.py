@@ -20,6 +20,7 @@ from adabatch_jax.policies.statistical import StatisticalPolicy
 from adabatch_jax.schedules import Clock, LearningRate
 
 COUPLING = 'linear'
+NEEDS_SCHEDULE = True
 WORST = sys.float_info.max  # in place of a loss that is not finite
 
 
@@ -27,7 +28,6 @@ class CriticalBatch(StatisticalPolicy):
     """The largest batch size that is tolerated, by losses of branches."""
 
     statistics = ''
-    needs_schedule = True
     may_shrink = False
     rounds_up = True
 
@@ -62,6 +62,9 @@ class CriticalBatch(StatisticalPolicy):
         found = {f'loss with {n}': x if math.isfinite(x) else WORST for n, x in losses.items()}
         state |= {'epoch': epoch, 'sums': found, 'weight': 1.0}
         return state | self._decision(state, epoch)
+
+    def _rung_for(self, rung: int, wanted: float) -> int:
+        return self.ladder.index(int(wanted))  # a rung already: no boundaries, no hysteresis
 
     def wanted(self, averages: dict[str, float], state: State) -> float:
         losses = {int(name.removeprefix('loss with ')): loss for name, loss in averages.items()}

@@ -15,6 +15,7 @@ from adabatch_jax.policies.base import PlannedPolicy, check_grows
 from adabatch_jax.schedules import Clock, LearningRate, decay_events, grow_at
 
 COUPLING = 'linear'
+NEEDS_SCHEDULE = True
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:

@@ -5,7 +5,14 @@ the loss has not improved for some epochs. The decision is taken once an epoch, 
 training loss over all of its examples.
 """
 
-from adabatch_jax.policies.base import Decision, Observation, Policy, State, ladder_from
+from adabatch_jax.policies.base import (
+    Decision,
+    Observation,
+    Policy,
+    State,
+    ladder_from,
+    nearest_rung,
+)
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
 COUPLING = 'linear'
@@ -37,6 +44,10 @@ class PlateauPolicy(Policy):
             'epochs_without': 0,
         }
 
+    def continued(self, state: State, epoch: float, batch_size: int) -> State:
+        state = state or self.initial_state() | {'epoch': int(epoch)}
+        return state | nearest_rung(self.ladder, batch_size)
+
     def observe(self, state: State, observation: Observation) -> State:
         if int(observation.epoch) > state['epoch']:
             state = self._end_epoch(state) | {'epoch': int(observation.epoch)}
@@ -47,6 +58,8 @@ class PlateauPolicy(Policy):
         }
 
     def _end_epoch(self, state: State) -> State:
+        if not state['examples']:  # all of its updates were skipped
+            return state
         loss, best = state['loss_sum'] / state['examples'], state['best_loss']
         state = state | {'loss_sum': 0.0, 'examples': 0}
         if best is None or loss < best * (1 - self.min_improvement):

@@ -19,6 +19,7 @@ from adabatch_jax.policies.base import PlannedPolicy, ladder_from
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
 COUPLING = 'linear'
+NEEDS_SCHEDULE = True
 POINTS = 10_000  # of a run, at which its schedule is looked at
 
 
@@ -32,7 +33,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """
     rungs = ladder_from(config.batch, clock)
     points = np.linspace(0, clock.total_examples, POINTS + 1, dtype=np.int64)[:-1]
-    rates = np.broadcast_to(rate.effective_at(points / clock.num_examples), points.shape)
+    rates = rate.effective_at(points / clock.num_examples)
     peak = int(np.argmax(rates))
     transitions = [Transition(0, rungs[0], f'starts with batch size {rungs[0]}')]
     for rung in rungs[1:]:

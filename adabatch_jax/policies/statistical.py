@@ -2,7 +2,15 @@
 
 import math
 
-from adabatch_jax.policies.base import Decision, Observation, Policy, State, decayed, ladder_from
+from adabatch_jax.policies.base import (
+    Decision,
+    Observation,
+    Policy,
+    State,
+    decayed,
+    ladder_from,
+    nearest_rung,
+)
 from adabatch_jax.schedules import Clock, LearningRate, Transition
 
 
@@ -64,6 +72,10 @@ class StatisticalPolicy(Policy):
             'learning_rate': 0.0,
             'times': {},  # batch size: (updates seen, mean seconds of all but the first)
         }
+
+    def continued(self, state: State, epoch: float, batch_size: int) -> State:
+        state = state or self.initial_state() | {'epoch': epoch}
+        return state | {'inputs': {}} | nearest_rung(self.ladder, batch_size)
 
     def observe(self, state: State, observation: Observation) -> State:
         quantities = self.quantities(observation)

@@ -111,7 +111,8 @@ class LearningRate:
         host = _host_device()
         with jax.enable_x64(True), jax.default_device(host):
             epoch = jax.device_put(np.asarray(epoch, np.float64), host)
-            return np.asarray(jax.device_get(self._compiled(epoch)))
+            rate = np.asarray(jax.device_get(self._compiled(epoch)))
+        return np.broadcast_to(rate, epoch.shape)  # a constant schedule knows of no array
 
     @property
     def _compiled(self):

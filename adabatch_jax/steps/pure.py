@@ -307,7 +307,7 @@ def _search(
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
     slope = gradient_statistics.inner_product(grads, direction)
     loss = functools.partial(batch_loss, spec, state, batch)
-    size = line_search.armijo(loss, state.params, direction, slope, start)
+    size, is_found = line_search.armijo(loss, state.params, direction, slope, start)
     step = jax.tree.map(lambda d: size * d, direction)
     params = optax.apply_updates(state.params, step)
     following = size
@@ -319,6 +319,7 @@ def _search(
         noise = sums['variance'] / spec.batch_size / gradient_statistics.squared_norm(grads)
         noise = jnp.where(spec.fraction < 1, noise, 0.0)
         following = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)
+    following = jnp.where(is_found, following, start)
     return params, optax.tree.set(opt_state, learning_rate=following), size
 
 
