@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -115,13 +117,19 @@ class Loss:
         return self._mean(self._parts(self._gauss_newton, params, vector))
 
 
-def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict[str, Any]]:
+def analyze(
+    config,
+    workdir: str | os.PathLike,
+    which: str = 'all',
+    report: Callable[[str], Any] = warnings.warn,
+) -> list[dict[str, Any]]:
     """Analyzes checkpoints of a work directory, and writes ``analysis.jsonl`` there.
 
     Args:
       config: the resolved config of the run; ``config.analysis`` says what to measure.
       workdir: the run's work directory.
       which: ``'all'``, ``'latest'`` or ``'best'``.
+      report: takes a line about each damaged one of all, which is left out.
 
     Returns:
       The records, from the oldest checkpoint to the latest.
@@ -144,7 +152,13 @@ def analyze(config, workdir: str | os.PathLike, which: str = 'all') -> list[dict
     records = []
     for step in steps:
         with user_errors('workdir'):
-            state, host = checkpoint.restore(folder, step, target)
+            try:
+                state, host = checkpoint.restore(folder, step, target)
+            except checkpoint.Damaged as damage:
+                if which != 'all' or (step == steps[-1] and not records):
+                    raise
+                report(f'warning: {damage}; it is left out')
+                continue
         began = time.perf_counter()
         records.append(
             {

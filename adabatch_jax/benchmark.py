@@ -105,6 +105,16 @@ def prediction(config, experiment: Experiment, measured: list[Measured]) -> dict
     return seconds | {'speedup': seconds['fixed'] / seconds['adaptive'] if known else None}
 
 
+def check_network(values: flags.FlagValues) -> None:
+    """Refuses to measure between devices where there is one."""
+    if jax.device_count() == 1 and None in (values.latency_us, values.gigabytes_per_second):
+        raise ConfigError(
+            '--scaling: one device has nothing to communicate; give --latency_us and '
+            '--gigabytes_per_second of the network, or use several devices (on a CPU: '
+            'JAX_NUM_CPU_DEVICES=4)'
+        )
+
+
 def network(values: flags.FlagValues, gradient_bytes: int) -> tuple[scaling.Network, dict[int, float]]:
     """The network between the devices, and what was measured of it: seconds of an all-reduce by bytes.
 
@@ -113,15 +123,10 @@ def network(values: flags.FlagValues, gradient_bytes: int) -> tuple[scaling.Netw
     Raises:
       ConfigError: one device is at hand, and the command line does not tell both.
     """
+    check_network(values)
     told = values.latency_us is not None, values.gigabytes_per_second is not None
     found, seconds = scaling.Network(0.0, 0.0), {}
     if not all(told):
-        if jax.device_count() == 1:
-            raise ConfigError(
-                '--scaling: one device has nothing to communicate; give --latency_us and '
-                '--gigabytes_per_second of the network, or use several devices (on a CPU: '
-                'JAX_NUM_CPU_DEVICES=4)'
-            )
         sizes = sorted({2**k for k in range(10, 25, 2)} | {gradient_bytes})
         seconds = timing.all_reduce_seconds(sizes, values.repeats)
         found = scaling.fit_network(jax.device_count(), seconds)
@@ -254,7 +259,8 @@ def check(values: flags.FlagValues) -> None:
     if values.config is None:
         raise ConfigError('--config: missing; for example --config=configs/quickstart.py')
     for name in ('json', 'plot'):
-        if values[name].value and not pathlib.Path(values[name].value).parent.is_dir():
+        path = pathlib.Path(values[name].value or 'none')
+        if not path.parent.is_dir() or path.is_dir():
             raise ConfigError(
                 f'--{name}: got {values[name].value!r}; accepted: a file in a folder that exists'
             )
@@ -266,6 +272,8 @@ def check(values: flags.FlagValues) -> None:
             raise ConfigError(f'--{name}: got {values[name].value!r}; accepted: with --scaling')
     if values.scaling and values.run:
         raise ConfigError('--scaling: got --run as well; accepted: one of them')
+    if values.scaling:
+        check_network(values)
 
 
 def run(values: flags.FlagValues) -> int:

@@ -1,6 +1,7 @@
 """What all commands share: flags and config from a command line, and mistakes as one line."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Callable
 
@@ -46,6 +47,11 @@ def parse(
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, flags.Error) and 'Traceback' not in str(error):
             raise ConfigError(' '.join(lines)) from error
+        if unknown := re.search(r'[Kk]ey "?(\w+)"? does not exist', lines[-1]):
+            leaves = {key.rpartition('.')[2]: key for key in flatten(default_config())}
+            close = difflib.get_close_matches(unknown[1], leaves, n=3, cutoff=0.5) or leaves
+            accepted = ', '.join(leaves[name] for name in close)
+            raise ConfigError(f'--config: unknown key {unknown[1]}; accepted: {accepted}') from error
         raise ConfigError(f'--config: {lines[-1]}') from error
     if rest_is:
         values[rest_is].value = [*values[rest_is].value, *rest]
@@ -58,6 +64,9 @@ def check_overrides(argv: list[str]) -> None:
     """Refuses ``--config.KEY=VALUE`` of unknown keys and wrong types, more clearly than a parser."""
     accepted = {int: 'a whole number', float: 'a number'}
     defaults = flatten(default_config())
+    names = {argument.lstrip('-').partition('=')[0] for argument in argv[1:] if argument[:1] == '-'}
+    if 'config' not in names and any(name.startswith('config.') for name in names):
+        raise ConfigError('--config: missing; --config.KEY=VALUE goes with the --config=FILE of the run')
     for argument in argv[1:]:
         key, given, value = argument.lstrip('-').partition('=')
         if not argument.startswith('-') or not key.startswith('config.'):

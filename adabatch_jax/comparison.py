@@ -24,6 +24,7 @@ _NEEDED = {
     'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
     'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy'),
 }
+_MAY_BE_NULL = ('loss', 'examples_per_second')  # where they are not finite, or nothing was timed
 # What a difference of losses in float32 can tell from 0.
 RESOLUTION = 1e-7
 # How a run was carried out, not what it is.
@@ -100,6 +101,13 @@ class Run:
         return max(self.analysis, key=lambda record: record['step'], default=None)
 
 
+def _is_usable(record: Record, key: str) -> bool:
+    """Whether a record has a field, with a number or null where it may be."""
+    if record.get(key) is None:
+        return key in record and key in _MAY_BE_NULL
+    return isinstance(record[key], int | float)
+
+
 def read_run(directory: str | os.PathLike) -> Run:
     """Reads a work directory, as far as that is possible.
 
@@ -110,7 +118,8 @@ def read_run(directory: str | os.PathLike) -> Run:
     skipped: list[str] = []
     records = []
     for record in metrics.read_records(directory, skipped.append):
-        missing = [k for k in (*_ALL, *_NEEDED.get(record['kind'], ())) if k not in record]
+        needed = (*_ALL, *_NEEDED.get(record['kind'], ()))
+        missing = [k for k in needed if not _is_usable(record, k)]
         if missing:
             where = f'{metrics.METRICS_FILE}, {record["kind"]} of step {record["step"]}'
             skipped.append(f'{where}: without {", ".join(missing)}')

@@ -189,6 +189,7 @@ RUNTIME_KEYS = (
     'compile.cache_dir',
     'dataset.pipeline',
     'dataset.eval_batch_size',
+    'dataset.skip_undecodable',  # up to an image that cannot be read it makes no difference
     'checkpoint_every_epochs',
     *(f'analysis.{key}' for key in default_config().analysis),
 )

@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,13 +50,16 @@ def evaluate(state: train_state.TrainState, spec: steps.StepSpec, pipeline) -> d
     return {**metrics.mean_metrics(total), 'num_examples': round(total['count'])}
 
 
-def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str, Any]:
+def evaluate_checkpoint(
+    config, workdir: str, which: str = 'latest', report: Callable[[str], Any] = warnings.warn
+) -> dict[str, Any]:
     """Evaluates the checkpoint of a work directory on ``config.dataset.eval_split``.
 
     Args:
       config: the resolved config of the run.
       workdir: the run's work directory.
       which: ``'latest'`` or ``'best'``.
+      report: takes a line about a damaged checkpoint that was passed over.
 
     Returns:
       ``step``, ``epoch``, ``split``, ``loss``, ``accuracy`` and ``num_examples``.
@@ -73,7 +78,7 @@ def evaluate_checkpoint(config, workdir: str, which: str = 'latest') -> dict[str
             step = checkpoint.best_step(folder) if which == 'best' else None
             if which == 'best' and step is None:
                 raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
-            state, _ = checkpoint.restore(folder, step, target=state)
+            state, _ = checkpoint.restore(folder, step, state, report)
 
     distributed.from_first(read)
     state = distributed.replicate(distributed.share(state))

@@ -13,6 +13,7 @@ if __name__ == '__main__':
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -98,7 +99,9 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """The parsed command line; every mistake in it is a ``ConfigError``."""
-    return command_line.parse(argv, define_flags)
+    values = command_line.parse(argv, define_flags)
+    values.workdir = values.workdir and os.path.expanduser(values.workdir)
+    return values
 
 
 def run(values: flags.FlagValues) -> int:
@@ -112,7 +115,7 @@ def run(values: flags.FlagValues) -> int:
             lambda: config_of_run(values.config, values.workdir, ('dataset.eval_split',))
         )
         result = evaluate.evaluate_checkpoint(
-            resolve(config), values.workdir, values.checkpoint or 'latest'
+            resolve(config), values.workdir, values.checkpoint or 'latest', terminal.complain
         )
         terminal.print_evaluation(result)
         return 0
@@ -146,8 +149,11 @@ def check(values: flags.FlagValues) -> None:
     for name in ('seeds', 'policies'):
         if values[name].present and not values.sweep:
             refuse(name, '--sweep')
-    if values.sweep and values.mode != 'train':
-        refuse('sweep', '--mode=train')
+    for name in ('sweep', 'allow_schedule_change'):
+        if values[name].value and values.mode != 'train':
+            refuse(name, '--mode=train')
+    if values.sweep and values.allow_schedule_change:
+        raise ConfigError('--allow_schedule_change: got --sweep as well; accepted: one of them')
     if not all(seed.isdecimal() for seed in values.seeds):
         refuse('seeds', 'whole numbers, separated by commas')
     if values.mode != 'plan' and not values.workdir:
@@ -203,7 +209,7 @@ def config_of_run(config, directory: str, may_differ: tuple[str, ...] = ()):
 def analyze(config, directory: str, which: str) -> None:
     """Analyzes checkpoints of a run, and prints what was found."""
     config = resolve(config_of_run(config, directory))
-    terminal.print_analysis(analysis.analyze(config, directory, which))
+    terminal.print_analysis(analysis.analyze(config, directory, which, terminal.complain))
     terminal.say(f'written to {pathlib.Path(directory, analysis.FILE)}')
 
 

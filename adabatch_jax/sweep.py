@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import ml_collections
 
-from adabatch_jax import distributed, pages, report
+from adabatch_jax import distributed, pages, report, workdir
 from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
 from adabatch_jax.experiment import describe, fixed
 
@@ -95,8 +95,10 @@ def run(
         raise ConfigError('--sweep: got several processes; accepted: one, which starts the others')
     jax.config.update('jax_platforms', 'cpu')  # the accelerator's memory is for the runs
     runs, worst = configs(config, names, seeds), 0
+    for name, run_config in runs.items():  # before anything is written
+        workdir.check(resolve(run_config), directory / name)
     for number, (name, run_config) in enumerate(runs.items(), 1):
-        file, workdir = directory / f'{name}.py', directory / name
+        file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')
         parts = {'name': policy, 'seed': seed, 'text': to_json(run_config)}
         with user_errors('workdir'):
@@ -104,7 +106,7 @@ def run(
             file.write_text(_CONFIG.format(**parts, original=str(pathlib.Path(original).absolute())))
         if not quiet:
             print(f'run {number} of {len(runs)}: {name}', flush=True)
-        status = _train(file, workdir, quiet)
+        status = _train(file, directory / name, quiet)
         if status not in (0, 3):
             return status
         worst = max(worst, status)
@@ -116,8 +118,8 @@ def run(
     return worst
 
 
-def _train(file: pathlib.Path, workdir: pathlib.Path, quiet: bool) -> int:
-    command = [sys.executable, '-m', 'adabatch_jax.main', f'--config={file}', f'--workdir={workdir}']
+def _train(file: pathlib.Path, directory: pathlib.Path, quiet: bool) -> int:
+    command = [sys.executable, '-m', 'adabatch_jax.main', f'--config={file}', f'--workdir={directory}']
     command.append('--num_processes=1')  # whatever this process is one of
     process = subprocess.Popen([*command, *(['--quiet'] if quiet else [])])
     with _passing_on(signal.SIGTERM, process) as received:

@@ -1,5 +1,8 @@
 """What a person sees: the plan, lines about a run, and tables of what it took."""
 
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +15,33 @@ from rich.table import Table
 from adabatch_jax.scaling import WORTH, Model
 from adabatch_jax.schedules import Plan, Stage
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    """One whose reader may go away, or whose disk may be full: what it shows is not worth a run."""
+
+    def on_broken_pipe(self) -> None:
+        self.give_up(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+    def give_up(self, error: OSError) -> None:
+        """Shows nothing from here on, and says so on standard error."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # or Python fails to empty its buffer at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        complain(f'warning: standard output: {error.strerror}; nothing more is written there')
+
+
+console = _Console(highlight=False, markup=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=120)  # a log file has no width of its own
+    console = _Console(highlight=False, markup=False, width=120)  # a log file has no width of its own
 
 
 def _print(what: Any) -> None:
     """Prints, in the first of several processes."""
     if jax.process_index() == 0:
-        console.print(what)
+        try:
+            console.print(what)
+        except OSError as error:
+            console.give_up(error)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -78,7 +78,7 @@ def train(
 def _claimed(config, directory: pathlib.Path, may_differ: tuple[str, ...]) -> Iterator[None]:
     """A work directory that belongs to this run, and is in use by nobody else."""
     with user_errors('workdir'):
-        workdir.check(config, directory, may_differ)
+        workdir.check(config, directory, may_differ, is_to_train=True)
     with workdir.locked(directory):
         yield
 
@@ -193,6 +193,7 @@ def open_run(
         state = experiment.initial_state()
         if not is_new:
             state, host = _restored(folder, state)
+            _check_is_before_the_end(experiment, host, int(state.examples_seen))
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
         experiment = memory.fit(experiment)
@@ -235,6 +236,17 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
 
     host = distributed.from_first(read)
     return state, host
+
+
+def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
+    """Refuses another schedule for a run that has nothing left to train with it."""
+    now, clock = schedule_of(experiment.config), experiment.clock
+    is_another = any(now.get(key) != value for key, value in host['schedule'].items())
+    if is_another and examples_seen >= clock.total_examples:
+        raise ConfigError(
+            f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
+            f'{clock.epoch(examples_seen):.6g}; accepted with another schedule: more than that'
+        )
 
 
 def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_seen: int) -> HostState:

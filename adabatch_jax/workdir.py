@@ -31,6 +31,7 @@ except ImportError:  # Windows: work directories are not locked there
 
 PLAN_FILE, LOCK_FILE = 'plan.json', '.lock'
 SCHEDULE_FILE = policies.replay.FILE
+_PATTERN = {'[', ']', '\\'} - {os.sep}
 
 
 def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -49,7 +50,10 @@ def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
 
 def check(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, may_differ: tuple[str, ...] = ()
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    may_differ: tuple[str, ...] = (),
+    is_to_train: bool = False,
 ) -> None:
     """Refuses a work directory that belongs to something else; writes nothing.
 
@@ -57,11 +61,17 @@ def check(
       config: the resolved config of what is to be done with it.
       workdir: the directory.
       may_differ: beginnings of keys whose values need not be those of the run.
+      is_to_train: whether another schedule could be asked for.
 
     Raises:
       ConfigError: it holds a run of another config, and which keys differ; or files of a run
-        without its config; or it is no directory.
+        without its config; or it is no directory, or one that checkpoints cannot be saved in.
     """
+    if bad := sorted(_PATTERN & set(str(workdir.absolute()))):
+        raise ConfigError(
+            f'workdir: got {str(workdir)!r}; accepted: paths without {" ".join(bad)}, which Orbax takes '
+            'for a pattern of names'
+        )
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f'workdir: {str(workdir)!r} is a file; accepted: a directory')
     if (workdir / CONFIG_FILE).exists():
@@ -69,7 +79,7 @@ def check(
             raise ConfigError(
                 f'workdir: {str(workdir)!r} holds a run of another config; differing: '
                 f'{"; ".join(differing)}; choose another --workdir, or the same settings'
-                f'{_advice(differing)}'
+                f'{_advice(differing) if is_to_train else ""}'
             )
         return
     for name in (metrics.METRICS_FILE, checkpoint.FOLDER, PLAN_FILE):
@@ -139,7 +149,8 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
     Raises:
       ConfigError: it cannot be written, or the run there had another number of training examples.
     """
-    before = _num_examples(workdir / PLAN_FILE)
+    has_begun = checkpoint.steps(workdir / checkpoint.FOLDER)
+    before = _num_examples(workdir / PLAN_FILE) if has_begun else None
     if before not in (None, plan.clock.num_examples):
         raise ConfigError(
             f'workdir: {str(workdir)!r} holds a run on {before} training examples, and the data set has '

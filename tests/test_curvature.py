@@ -301,6 +301,15 @@ def test_every_checkpoint_is_analyzed_and_told(tmp_path, command_line):
     assert latest.returncode == 0
     (record,) = map(json.loads, (tmp_path / 'analysis.jsonl').read_text().splitlines())
     assert record['step'] == 6 and record['hessian_trace'] == records[1]['hessian_trace']
+    (tmp_path / 'checkpoints/6/host/metadata').write_text('{}')
+    damaged = command_line('--mode=analyze', f'--workdir={tmp_path}')
+    assert damaged.returncode == 0
+    assert damaged.stderr.startswith('warning: the checkpoint of update 6 is damaged')
+    assert damaged.stderr.count('\n') == 1 and 'no other is left' not in damaged.stderr
+    (record,) = map(json.loads, (tmp_path / 'analysis.jsonl').read_text().splitlines())
+    assert record == records[0] | {'seconds': record['seconds']}
+    with pytest.raises(ConfigError, match='the checkpoint of update 6 is damaged'):
+        analysis.analyze(resolve(config_of()), tmp_path, 'latest')
 
 
 def test_the_least_objective_of_a_linear_model_is_where_its_gradient_vanishes(tmp_path):

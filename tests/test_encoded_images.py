@@ -476,6 +476,20 @@ def test_an_undecodable_image_ends_the_command_with_2_and_one_line(
     assert result.returncode == 2
     assert result.stderr.startswith(f'error: config.dataset: {folder}/{where}/dog/0.JPEG: cannot be')
     assert result.stderr.count('\n') == 1
+    # What it offers is possible with the same work directory.
+    flags = (f'--config={file}', f'--workdir={tmp_path / "run"}')
+    again = command_line(*flags, '--config.dataset.skip_undecodable=True')
+    assert again.returncode == 0, again.stderr
+
+
+def test_an_image_that_cannot_be_decoded_may_be_removed_before_the_first_checkpoint(folder, tmp_path):
+    image = folder / 'train/dog/0.JPEG'
+    image.write_bytes(b'no image')
+    config = run_config(folder, **{'dataset.skip_undecodable': False})
+    with pytest.raises(config_module.ConfigError, match='repair or remove it'):
+        train.train(config, tmp_path / 'run')
+    image.unlink()
+    assert train.train(config, tmp_path / 'run')['updates'] > 0
 
 
 @pytest.mark.parametrize('where', ['train', 'val'])

@@ -217,7 +217,13 @@ def test_npz_folder_gives_its_shape_moments_and_images(tmp_path):
     [
         ({'images': np.zeros((12, 6, 5, 3))}, 'accepted: uint8'),
         ({'labels': np.zeros(11, int)}, 'whole numbers from 0'),
-        ({'labels': np.full(12, -1)}, 'whole numbers from 0'),
+        (
+            {'labels': np.full(12, -1)},
+            'int64 and shape .12,., -1 to -1; accepted: 12 whole numbers from 0',
+        ),
+        ({'labels': np.array([0] * 11 + [2**32 + 1])}, '0 to 4294967297; .* below 1,048,576'),
+        ({'labels': np.array([0] * 11 + [2**63 + 1], np.uint64)}, '0 to 9223372036854775809'),
+        ({'labels': np.array([0] * 11 + [2**31 - 1], np.int32)}, '0 to 2147483647'),
         ({'labels': np.array([{}] * 12, object)}, 'cannot read'),
     ],
 )

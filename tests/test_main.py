@@ -137,6 +137,13 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         ((f'--config={tiny_file}:variant', '--workdir=x'), 'takes 0 positional arguments'),
         ((f'--config={tiny_file}', '--workdir=/proc/run'), "cannot write to '/proc/run'"),
         ((f'--config={tiny_file}', f'--workdir={"x" * 300}'), 'File name too long'),
+        ((f'--config={tiny_file}', '--workdir=run[lr=0.1]'), 'accepted: paths without [ ], which Orbax'),
+        ((f'--config={tiny_file}', '--workdir=a\\b'), 'accepted: paths without \\, which Orbax'),
+        (('--mode=eval', '--workdir=x', '--config.dataset.eval_split=train'), '--config: missing'),
+        (
+            ('--mode=eval', '--workdir=x', '--allow_schedule_change'),
+            '--allow_schedule_change: got True with --mode=eval; accepted: --mode=train',
+        ),
     ]:
         assert call(*arguments) == 2
         error = capsys.readouterr().err
@@ -146,7 +153,8 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     'line, expected',
     [
-        ('config.batch.bse_size = 4', 'bse_size'),
+        ('config.batch.bse_size = 4', '--config: unknown key bse_size; accepted: batch.base_size'),
+        ('config.num_epoch = 4', '--config: unknown key num_epoch; accepted: num_epochs'),
         ("config.num_epochs = 'ten'", 'num_epochs'),
         ('config.model = 1 / 0', 'division by zero'),
         ('config.batch.base_size = ', 'invalid syntax'),
@@ -196,6 +204,56 @@ def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_
     assert 'of 16 examples' in capsys.readouterr().out
     assert call(*evaluation, '--config.model.name=resnet14') == 2
     assert "model.name ('resnet14' here, 'cnn' there)" in capsys.readouterr().err
+
+
+def test_evaluation_passes_over_a_damaged_checkpoint_in_one_line(tiny_file, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    assert call(f'--config={tiny_file}', f'--workdir={workdir}') == 0
+    latest = max((workdir / 'checkpoints').iterdir(), key=lambda path: int(path.name))
+    (latest / 'host/metadata').write_text('{}')
+    capsys.readouterr()
+    assert call('--mode=eval', f'--workdir={workdir}') == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f'warning: the checkpoint of update {latest.name} is damaged')
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('change', ['num_epochs=1', 'learning_rate.effective=0.9'])
+def test_another_schedule_for_a_run_that_is_over_is_refused(tiny_file, tmp_path, capsys, change):
+    workdir = tmp_path / 'run'
+    flags = (f'--config={tiny_file}', f'--workdir={workdir}')
+    assert call(*flags) == 0
+    before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
+    assert call(*flags, '--allow_schedule_change', f'--config.{change}') == 2
+    error = capsys.readouterr().err
+    assert 'and the run is at epoch 2; accepted with another schedule: more than that' in error
+    assert error.count('\n') == 1
+    assert {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()} == before
+    assert call(*flags) == 0
+
+
+def test_a_work_directory_may_be_in_the_home_folder(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    values = command.parse(['main', f'--config={tiny_file}', '--workdir=~/runs/a'])
+    assert values.workdir == str(tmp_path / 'runs/a')
+
+
+@pytest.mark.parametrize('reader', ['a full disk', 'one that goes away'])
+def test_training_goes_on_when_nothing_can_be_printed(tiny_file, tmp_path, reader):
+    arguments = [f'--config={tiny_file}', f'--workdir={tmp_path / "run"}']
+    start = [sys.executable, '-m', 'adabatch_jax.main', *arguments]
+    if reader == 'a full disk' and not os.path.exists('/dev/full'):
+        pytest.skip('no /dev/full')
+    with open('/dev/full' if reader == 'a full disk' else os.devnull, 'w') as full:
+        out = full if reader == 'a full disk' else subprocess.PIPE
+        process = subprocess.Popen(start, stdout=out, stderr=subprocess.PIPE, text=True)
+        if out is subprocess.PIPE:
+            assert process.stdout.readline().startswith('epoch 0: stage 0')
+            process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(300) == 0, error
+    assert error.count('\n') == 1 and error.startswith('warning: standard output: '), error
+    assert metrics.read_records(tmp_path / 'run')[-1]['kind'] == 'summary'
 
 
 def test_help_explains_the_flags(capsys):

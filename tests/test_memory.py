@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from adabatch_jax import experiment, memory, metrics, steps, train, train_state
+from adabatch_jax import distributed, experiment, memory, metrics, steps, train, train_state
 from adabatch_jax.config import ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
 
@@ -58,6 +58,13 @@ def test_the_largest_microbatch_that_fits_is_found(available, largest):
         assert stage.microbatch_size == min(largest, size // 2)
         spec = described.train_spec(size)
         assert spec.num_microbatches == stage.num_microbatches == size // 2 // stage.microbatch_size
+
+
+def test_the_processes_take_the_microbatch_of_the_one_whose_step_needs_most(monkeypatch):
+    others = iter([float('inf'), 260.0, 180.0])  # in each pass; here the same steps need 260, 120, 110
+    monkeypatch.setattr(distributed, 'largest', lambda needed: max(needed, next(others)))
+    _, asked = fit(200)
+    assert asked == [16, 2, 1]
 
 
 def test_a_step_too_large_to_compile_is_tried_smaller():

@@ -255,6 +255,28 @@ def test_broken_lines_and_runs_in_progress_are_told_and_the_rest_is_shown(runs, 
     assert '0 of 1' in text and '>unknown<' in text and 'line 10' in text
 
 
+@pytest.mark.parametrize(
+    'kind, key, value',
+    [
+        ('summary', 'train_seconds', None),
+        ('stage', 'epoch', None),
+        ('stage', 'learning_rate', None),
+        ('stage', 'compile_seconds', 'long'),
+        ('eval', 'time', None),
+        ('eval', 'accuracy', 'good'),
+        ('train', 'batch_size', '16'),
+    ],
+)
+def test_a_record_without_a_number_where_one_is_needed_is_left_out(runs, capsys, kind, key, value):
+    file = runs[0] / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    broken = max(k for k, record in enumerate(records) if record['kind'] == kind)
+    records[broken][key] = value
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    assert report.main(['report', *map(str, runs), f'--out={runs[0] / "page.html"}']) == 0
+    assert f'{kind} of step {records[broken]["step"]}: without {key}' in capsys.readouterr().out
+
+
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     folder = write_run(tmp_path / 'new')
     (folder / 'metrics.jsonl').write_text('')

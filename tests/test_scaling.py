@@ -176,6 +176,9 @@ def test_one_device_needs_to_be_told_of_the_network(monkeypatch):
     values(['benchmark', '--scaling', '--latency_us=5'])
     with pytest.raises(benchmark.ConfigError, match='one device has nothing to communicate'):
         benchmark.network(values, 1000)
+    values(['benchmark', '--scaling', f'--config={CONFIG}'])
+    with pytest.raises(benchmark.ConfigError, match='one device has nothing to communicate'):
+        benchmark.check(values)  # before anything is measured
     values(['benchmark', '--scaling', '--latency_us=5', '--gigabytes_per_second=10'])
     network, seconds = benchmark.network(values, 1000)
     assert network == scaling.Network(pytest.approx(5e-6), pytest.approx(1e-10)) and not seconds

@@ -66,6 +66,16 @@ def test_a_schedule_that_is_none_or_of_other_data_is_a_mistake(decided, tmp_path
     (tmp_path / 'schedule.json').write_text('{"stages": [{}]}')
     with pytest.raises(ConfigError, match='is not the schedule of a run'):
         train.plan(tiny(**replay))
+    schedule = json.loads((decided[0] / 'schedule.json').read_text())
+    for key, value in (('num_examples', '100'), ('max_per_device', 16.0), ('coupling', None)):
+        (tmp_path / 'schedule.json').write_text(json.dumps(schedule | {key: value}))
+        with pytest.raises(ConfigError, match='is not the schedule of a run: .*in place of'):
+            train.plan(tiny(**replay))
+    for key, value in (('examples_seen', 1.5), ('batch_size', 8.0), ('batch_size', '8')):
+        stages = [schedule['stages'][0] | {key: value}]
+        (tmp_path / 'schedule.json').write_text(json.dumps(schedule | {'stages': stages}))
+        with pytest.raises(ConfigError, match='is not the schedule of a run: .*in place of int'):
+            train.plan(tiny(**replay))
     other = {'batch.policy': 'replay', 'batch.replay': str(decided[0]), 'dataset.num_examples': 99}
     with pytest.raises(ConfigError, match='had 100 training examples, this one has 99'):
         train.plan(tiny(**other))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adabatch_jax import main, metrics, sweep
-from adabatch_jax.config import ConfigError, changes, flatten
+from adabatch_jax.config import ConfigError, changes, flatten, to_json
 
 CONFIG = '--config=tests/small_run.py'
 
@@ -65,6 +65,7 @@ def test_a_sweep_trains_each_run_compares_them_and_goes_on_where_it_was_stopped(
         (['--sweep', '--seeds=a'], "--seeds: got ['a']"),
         (['--seeds=1'], "--seeds: got ['1'] with --mode=train; accepted: --sweep"),
         (['--sweep', '--mode=plan'], '--sweep: got True with --mode=plan; accepted: --mode=train'),
+        (['--sweep', '--allow_schedule_change'], '--allow_schedule_change: got --sweep as well'),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments, message, capsys):
@@ -73,6 +74,17 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments, messa
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
     assert not workdir.exists()
+
+
+def test_a_sweep_of_other_runs_is_refused_and_leaves_these_as_they_are(tmp_path):
+    other = config()
+    (tmp_path / 'fixed_small-1').mkdir()
+    (tmp_path / 'fixed_small-1/config.json').write_text(to_json(other))
+    (tmp_path / 'fixed_small-0.py').write_text('as it was')
+    with pytest.raises(ConfigError, match='fixed_small-1.* holds a run of another config; differing'):
+        sweep.run(other, 'tests/small_run.py', tmp_path, ['fixed_small'], [0, 1])
+    assert (tmp_path / 'fixed_small-0.py').read_text() == 'as it was'
+    assert not (tmp_path / 'fixed_small-0').exists()
 
 
 def test_a_sweep_is_one_process(monkeypatch, tmp_path):

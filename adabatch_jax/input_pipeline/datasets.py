@@ -20,6 +20,9 @@ class DataError(ValueError):
     """Data that a run cannot use, found while it reads them."""
 
 
+MOST_CLASSES = 2**20  # of labels in a file; more are taken for a mistake
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """What a run needs to know before any image is read.
@@ -97,10 +100,12 @@ def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarr
             f'data set npz: {path}: images has dtype {images.dtype} and shape {images.shape}; '
             'accepted: uint8 [n, height, width, channels]'
         )
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min() < 0:
+    is_right = labels.shape == images.shape[:1] and labels.dtype.kind in 'iu'
+    if not is_right or labels.min() < 0 or labels.max() >= MOST_CLASSES:
+        values = f', {labels.min()} to {labels.max()}' if is_right else ''
         raise ValueError(
-            f'data set npz: {path}: labels has dtype {labels.dtype} and shape {labels.shape}; '
-            f'accepted: {len(images)} whole numbers from 0 on'
+            f'data set npz: {path}: labels has dtype {labels.dtype} and shape {labels.shape}{values}; '
+            f'accepted: {len(images)} whole numbers from 0 on, below {MOST_CLASSES:,}'
         )
     return images, labels.astype(np.int32)
 

@@ -22,7 +22,7 @@ def load(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: there is none, or the file is not one.
     """
-    path = pathlib.Path(workdir, FILE)
+    path = pathlib.Path(os.path.expanduser(workdir), FILE)
     if not str(workdir) or not path.is_file():
         raise ValueError(
             f'replay: got {str(workdir)!r}; accepted: the work directory of a finished run whose batch '
@@ -30,13 +30,21 @@ def load(workdir: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         schedule = json.loads(path.read_text(encoding='utf-8'))
-        for stage in schedule['stages']:
-            int(stage['examples_seen']), int(stage['batch_size']), str(stage['reason'])
-        int(schedule['num_examples']), int(schedule['max_per_device'])
-        str(schedule['coupling']), str(schedule['statistics']), str(schedule['policy'])
+        _check_kinds(schedule)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f'replay: {str(path)!r} is not the schedule of a run: {error!r}') from error
     return schedule
+
+
+def _check_kinds(schedule: dict[str, Any]) -> None:
+    numbers = [schedule['num_examples'], schedule['max_per_device']]
+    texts = [schedule['coupling'], schedule['statistics'], schedule['policy']]
+    for stage in schedule['stages']:
+        numbers += [stage['examples_seen'], stage['batch_size']]
+        texts.append(stage['reason'])
+    for values, kind in ((numbers, int), (texts, str)):
+        if wrong := [value for value in values if type(value) is not kind]:
+            raise TypeError(f'got {wrong[0]!r} in place of {kind.__name__}')
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
