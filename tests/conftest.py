@@ -21,6 +21,12 @@ import pytest
 from adabatch_jax import steps
 
 ROOT = pathlib.Path(__file__).parent.parent
+SLOWEST = ('distributed', 'configs', 'variance_reduction', 'faults', 'encoded_images', 'sweep')
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix('test_') not in SLOWEST)
 
 
 @pytest.fixture(scope='session', autouse=True)
