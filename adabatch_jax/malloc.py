@@ -9,9 +9,12 @@ thread computes is a matter of luck.
 
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import sys
+import threading
+from collections.abc import Iterator
 
 _SWITCH = 'glibc.malloc.hugetlb'
 _KEPT = 2**40  # bytes: more than there are, so that nothing goes back by itself
@@ -23,6 +26,8 @@ TUNABLES = ':'.join(
         f'glibc.malloc.trim_threshold={_KEPT}',
     )
 )
+# Bytes of the holes to take: from where glibc searches lists on, to what steps may have a use for.
+_SMALLEST, _LARGEST = 1040, 2**22
 _ACCELERATORS = ('nvidia0', 'kfd', 'accel0', 'vfio/0')  # in /dev: steps do not run on the CPU
 
 
@@ -49,11 +54,60 @@ def restart() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def _is_tuned() -> bool:
+    return TUNABLES in os.environ.get('GLIBC_TUNABLES', '')
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    return library
+
+
+_holes: list[int] = []
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While something is compiled: what the compiler leaves behind does not slow later steps down.
+
+    It leaves tens of thousands of holes in the one heap. For each buffer of a step glibc would go
+    through a list of them, and no other thread could ask for memory meanwhile: a run on the digits with
+    16 took 12.7 and 14.9 s, and takes 9.9 and 10.2 s since the holes are taken. The next compilation
+    gets them back. Without these settings nothing is done.
+    """
+    if not _is_tuned():
+        yield
+        return
+    with _lock:
+        while _holes:
+            _library().free(_holes.pop())
+    try:
+        yield
+    finally:
+        with _lock:
+            _take_holes()
+
+
+def _take_holes() -> None:
+    malloc, free = _library().malloc, _library().free
+    free(end := malloc(2**26))  # larger than any hole: the end of what is in use
+    size = _LARGEST
+    while size >= _SMALLEST:
+        while (piece := malloc(size)) < end:
+            _holes.append(piece)
+        free(piece)
+        size = size * 3 // 4
+
+
 def give_back() -> None:
     """Gives the freed memory that these settings keep back to the system; nothing without them.
 
     For the end of a stage: the next one's buffers are larger, and would come on top.
     """
-    if TUNABLES in os.environ.get('GLIBC_TUNABLES', ''):
+    if _is_tuned():
         with contextlib.suppress(AttributeError):  # another C library, which knows nothing of them
             ctypes.CDLL(None).malloc_trim(0)

@@ -43,8 +43,8 @@ ALLOWED = {
     },
     'train_state': {'checkpoint'},
     'steps': {
-        'compilation_cache', 'train_state', 'gradient_statistics', 'line_search', 'losses', 'metrics',
-        'variance_reduction',
+        'compilation_cache', 'train_state', 'gradient_statistics', 'line_search', 'losses', 'malloc',
+        'metrics', 'variance_reduction',
     },
     'input_pipeline': {'distributed'},
     'terminal': {'scaling', 'schedules'},

@@ -73,3 +73,18 @@ def test_freed_memory_is_given_back_between_stages():
         int(pages) * os.sysconf('SC_PAGE_SIZE') for pages in run_with(malloc.TUNABLES, program).split()
     )
     assert kept > 2**28 > 2**25 > left
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
+def test_holes_that_a_compilation_leaves_are_taken_until_the_next_one_begins():
+    program = (
+        'from adabatch_jax import malloc; get, free = malloc._library().malloc, malloc._library().free\n'
+        'def is_in_a_hole(): free(piece := get(5000)); return piece in holes\n'
+        'with malloc.compiling():\n'
+        '    holes = [get(6000) for _ in range(2000)][::2]\n'
+        '    for piece in holes: free(piece)\n'
+        '    before = is_in_a_hole()\n'
+        'after = is_in_a_hole()\n'
+        'with malloc.compiling(): print(before, after, is_in_a_hole())'
+    )
+    assert run_with(malloc.TUNABLES, program).split() == ['True', 'False', 'True']

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adabatch_jax import compilation_cache, train_state
+from adabatch_jax import compilation_cache, malloc, train_state
 from adabatch_jax.steps.pure import (
     accumulate,
     apply_gradients,
@@ -208,19 +208,23 @@ def compile_step(spec: StepSpec) -> CompiledStep:
     """Lowers and compiles a step ahead of time, without running it."""
     start = time.perf_counter()
     before = compilation_cache.counts()
-    if not spec.train:
-        executable = _compile(_shapes(spec), functools.partial(eval_step, spec), (None, 0))
-    elif spec.snapshot:
-        executable = SnapshotStep(spec)
-    elif spec.num_parts > 1:
-        executable = AccumulatingStep(spec)
-    else:
-        updates = functools.partial(train_step if spec.num_updates == 1 else train_steps, spec)
-        executable = _compile(_shapes(spec), updates, (None, _batch_axes(spec), None, None), donate=0)
+    with malloc.compiling():
+        executable = _compile_spec(spec)
     hits, misses = (b - a for a, b in zip(before, compilation_cache.counts(), strict=True))
     memory_bytes = _memory_bytes(executable)
     seconds = time.perf_counter() - start
     return CompiledStep(executable, seconds, hits > 0 and misses == 0, memory_bytes)
+
+
+def _compile_spec(spec: StepSpec) -> Callable:
+    if not spec.train:
+        return _compile(_shapes(spec), functools.partial(eval_step, spec), (None, 0))
+    if spec.snapshot:
+        return SnapshotStep(spec)
+    if spec.num_parts > 1:
+        return AccumulatingStep(spec)
+    updates = functools.partial(train_step if spec.num_updates == 1 else train_steps, spec)
+    return _compile(_shapes(spec), updates, (None, _batch_axes(spec), None, None), donate=0)
 
 
 def compile_part(spec: StepSpec, part: Callable) -> Callable:
