@@ -96,8 +96,8 @@ def _take_holes() -> None:
     malloc, free = _library().malloc, _library().free
     free(end := malloc(2**26))  # larger than any hole: the end of what is in use
     size = _LARGEST
-    while size >= _SMALLEST:
-        while (piece := malloc(size)) < end:
+    while end and size >= _SMALLEST:
+        while (piece := malloc(size)) and piece < end:
             _holes.append(piece)
         free(piece)
         size = size * 3 // 4

@@ -25,8 +25,9 @@ class _Console(Console):
     def give_up(self, error: OSError) -> None:
         """Shows nothing from here on, and says so on standard error."""
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):  # or Python fails to empty its buffer at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Or Python fails to empty its buffer at the end; what is no file has none.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         complain(f'warning: standard output: {error.strerror}; nothing more is written there')
 
 

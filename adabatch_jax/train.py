@@ -241,7 +241,7 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
 def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
     """Refuses another schedule for a run that has nothing left to train with it."""
     now, clock = schedule_of(experiment.config), experiment.clock
-    is_another = any(now.get(key) != value for key, value in host['schedule'].items())
+    is_another = any(now.get(key, value) != value for key, value in host['schedule'].items())
     if is_another and examples_seen >= clock.total_examples:
         raise ConfigError(
             f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
