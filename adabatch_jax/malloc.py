@@ -28,6 +28,7 @@ TUNABLES = ':'.join(
 )
 # Bytes of the holes to take: from where glibc searches lists on, to what steps may have a use for.
 _SMALLEST, _LARGEST = 1040, 2**22
+_BEYOND = 2**26  # larger than any hole
 _ACCELERATORS = ('nvidia0', 'kfd', 'accel0', 'vfio/0')  # in /dev: steps do not run on the CPU
 
 
@@ -63,6 +64,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     return library
 
 
@@ -93,14 +95,30 @@ def compiling() -> Iterator[None]:
 
 
 def _take_holes() -> None:
-    malloc, free = _library().malloc, _library().free
-    free(end := malloc(2**26))  # larger than any hole: the end of what is in use
-    size = _LARGEST
-    while end and size >= _SMALLEST:
+    library = _library()
+    malloc, free = library.malloc, library.free
+    free(end := malloc(_BEYOND))  # of what is in use
+    if not end or end >= library.sbrk(0):  # no heap of glibc's that grows upwards
+        return
+
+    def largest_hole() -> int:
+        low, high = _LARGEST, _BEYOND
+        while high - low > 16:  # glibc's grain
+            size = (low + high) // 2
+            free(piece := malloc(size))
+            low, high = (size, high) if piece and piece < end else (low, size)
+        return low
+
+    whole = []  # large ones stay as they are: a step may need just their size
+    while (size := largest_hole()) > _LARGEST:
+        whole.append(malloc(size))
+    while size >= _SMALLEST:
         while (piece := malloc(size)) and piece < end:
             _holes.append(piece)
         free(piece)
         size = size * 3 // 4
+    for piece in whole:
+        free(piece)
 
 
 def give_back() -> None:

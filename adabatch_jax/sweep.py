@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import ml_collections
 
-from adabatch_jax import distributed, pages, report, workdir
+from adabatch_jax import distributed, pages, report, terminal, workdir
 from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
 from adabatch_jax.experiment import describe, fixed
 
@@ -105,7 +105,7 @@ def run(
             directory.mkdir(parents=True, exist_ok=True)
             file.write_text(_CONFIG.format(**parts, original=str(pathlib.Path(original).absolute())))
         if not quiet:
-            print(f'run {number} of {len(runs)}: {name}', flush=True)
+            terminal.say(f'run {number} of {len(runs)}: {name}')
         status = _train(file, directory / name, quiet)
         if status not in (0, 3):
             return status
@@ -114,7 +114,7 @@ def run(
     with user_errors('workdir'):
         pages.write(page, 'html', directory / 'report.html')
     if not quiet:
-        print('\n'.join([*page.notes, f'{directory / "report.html"}: {len(runs)} runs compared']))
+        terminal.say('\n'.join([*page.notes, f'{directory / "report.html"}: {len(runs)} runs compared']))
     return worst
 
 

@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import rich.box
@@ -25,10 +25,14 @@ class _Console(Console):
     def give_up(self, error: OSError) -> None:
         """Shows nothing from here on, and says so on standard error."""
         self.quiet = True
-        # Or Python fails to empty its buffer at the end; what is no file has none.
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _forget(sys.stdout)
         complain(f'warning: standard output: {error.strerror}; nothing more is written there')
+
+
+def _forget(stream: TextIO) -> None:
+    """Sends a stream nowhere, or Python would fail to empty its buffer at the end."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 console = _Console(highlight=False, markup=False)
@@ -99,9 +103,12 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """Prints a line on standard error."""
+    """Prints a line on standard error, where that can be."""
     if jax.process_index() == 0:
-        print(message, file=sys.stderr)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:
+            _forget(sys.stderr)
 
 
 def print_stages(stages: list[dict[str, Any]], end: dict[str, Any]) -> None:

@@ -269,7 +269,8 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
 
 def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
     """The largest microbatch that a checkpoint was trained with, unless it or the ladder is another."""
-    if host is None or host.get('ladder') != list(experiment.policy.ladder):
+    ladder = list(experiment.policy.ladder)
+    if host is None or host.get('ladder', ladder) != ladder:
         return None
     if host['schedule'].get('batch.max_per_device') != experiment.config.batch.max_per_device:
         return None

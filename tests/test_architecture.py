@@ -31,7 +31,7 @@ ALLOWED = {
     'distributed': set(),
     'config': set(),
     'figures': set(),
-    'sweep': {'config', 'distributed', 'experiment', 'pages', 'report', 'workdir'},
+    'sweep': {'config', 'distributed', 'experiment', 'pages', 'report', 'terminal', 'workdir'},
     'progress': {'scaling', 'schedules', 'terminal'},
     'comparison': {'config', 'metrics'},
     'pages': {'figures'},

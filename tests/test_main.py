@@ -238,21 +238,24 @@ def test_a_work_directory_may_be_in_the_home_folder(tiny_file, tmp_path, monkeyp
     assert values.workdir == str(tmp_path / 'runs/a')
 
 
+@pytest.mark.parametrize('with_errors', [False, True])
 @pytest.mark.parametrize('reader', ['a full disk', 'one that goes away'])
-def test_training_goes_on_when_nothing_can_be_printed(tiny_file, tmp_path, reader):
+def test_training_goes_on_when_nothing_can_be_printed(tiny_file, tmp_path, reader, with_errors):
     arguments = [f'--config={tiny_file}', f'--workdir={tmp_path / "run"}']
     start = [sys.executable, '-m', 'adabatch_jax.main', *arguments]
     if reader == 'a full disk' and not os.path.exists('/dev/full'):
         pytest.skip('no /dev/full')
     with open('/dev/full' if reader == 'a full disk' else os.devnull, 'w') as full:
         out = full if reader == 'a full disk' else subprocess.PIPE
-        process = subprocess.Popen(start, stdout=out, stderr=subprocess.PIPE, text=True)
+        err = subprocess.STDOUT if with_errors else subprocess.PIPE
+        process = subprocess.Popen(start, stdout=out, stderr=err, text=True)
         if out is subprocess.PIPE:
             assert process.stdout.readline().startswith('epoch 0: stage 0')
             process.stdout.close()
-        error = process.stderr.read()
+        error = '' if with_errors else process.stderr.read()
         assert process.wait(300) == 0, error
-    assert error.count('\n') == 1 and error.startswith('warning: standard output: '), error
+    if not with_errors:
+        assert error.count('\n') == 1 and error.startswith('warning: standard output: '), error
     assert metrics.read_records(tmp_path / 'run')[-1]['kind'] == 'summary'
 
 

@@ -81,10 +81,20 @@ def test_holes_that_a_compilation_leaves_are_taken_until_the_next_one_begins():
         'from adabatch_jax import malloc; get, free = malloc._library().malloc, malloc._library().free\n'
         'def is_in_a_hole(): free(piece := get(5000)); return piece in holes\n'
         'with malloc.compiling():\n'
-        '    holes = [get(6000) for _ in range(2000)][::2]\n'
-        '    for piece in holes: free(piece)\n'
+        '    holes, large, _ = [get(6000) for _ in range(2000)][::2], get(2**24), get(2**24)\n'
+        '    for piece in (*holes, large): free(piece)\n'
         '    before = is_in_a_hole()\n'
-        'after = is_in_a_hole()\n'
-        'with malloc.compiling(): print(before, after, is_in_a_hole())'
+        'after, free_for_steps = is_in_a_hole(), get(2**24) == large\n'
+        'with malloc.compiling(): print(before, after, free_for_steps, is_in_a_hole())'
     )
-    assert run_with(malloc.TUNABLES, program).split() == ['True', 'False', 'True']
+    assert run_with(malloc.TUNABLES, program).split() == ['True', 'False', 'True', 'True']
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
+def test_settings_that_came_too_late_to_hold_do_no_harm():
+    program = (
+        'import os; from adabatch_jax import malloc; os.environ["GLIBC_TUNABLES"] = malloc.TUNABLES\n'
+        'with malloc.compiling(): pass\n'
+        'print(len(malloc._holes))'
+    )
+    assert run_with('', program).split() == ['0']

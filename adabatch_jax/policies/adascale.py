@@ -52,6 +52,9 @@ class AdaScale(PlannedPolicy):
     def initial_state(self) -> State:
         return {'variance': 0.0, 'squared_gradient': 0.0}  # what both are divided by is the same
 
+    def continued(self, state: State, epoch: float, batch_size: int) -> State:
+        return state or self.initial_state()  # which is of gradients, whatever the batches
+
     def observe(self, state: State, observation: Observation) -> State:
         seen = {key: getattr(observation, key) for key in state}
         if not all(map(math.isfinite, seen.values())):

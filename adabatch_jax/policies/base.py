@@ -84,8 +84,8 @@ class Policy:
 
     @property
     def observes(self) -> bool:
-        """Whether decisions depend on what was observed, and not on the position alone."""
-        return type(self).observe is not Policy.observe
+        """Whether decisions may depend on what was observed, and not on the position alone."""
+        return not self.planned or type(self).observe is not Policy.observe
 
     def initial_state(self) -> State:
         """The state before the first update."""
@@ -99,7 +99,7 @@ class Policy:
           epoch: where the run is.
           batch_size: what it trained with last.
         """
-        return state or self.initial_state()
+        return self.initial_state()
 
     def observe(self, state: State, observation: Observation) -> State:
         """The state after one more update has been seen."""
