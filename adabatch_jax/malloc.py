@@ -78,7 +78,7 @@ def compiling() -> Iterator[None]:
 
     It leaves tens of thousands of holes in the one heap. For each buffer of a step glibc would go
     through a list of them, and no other thread could ask for memory meanwhile: a run on the digits with
-    16 took 12.7 and 14.9 s, and takes 9.9 and 10.2 s since the holes are taken. The next compilation
+    16 took 12.7 and 14.9 s, and takes 10.2 and 10.7 s since the holes are taken. The next compilation
     gets them back. Without these settings nothing is done.
     """
     if not _is_tuned():
