@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -117,6 +117,24 @@ class Loss:
         return self._mean(self._parts(self._gauss_newton, params, vector))
 
 
+def _sound(
+    folder: pathlib.Path, steps: list[int], target: Any, report: Callable[[str], Any]
+) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """Step, state and host state of checkpoints, without the damaged ones, unless all are."""
+    num_sound = 0
+    for step in steps:
+        with user_errors('workdir'):
+            try:
+                state, host = checkpoint.restore(folder, step, target)
+            except checkpoint.Damaged as damage:
+                if step == steps[-1] and not num_sound:
+                    raise
+                report(f'warning: {damage}; it is left out')
+                continue
+        num_sound += 1
+        yield step, state, host
+
+
 def analyze(
     config,
     workdir: str | os.PathLike,
@@ -150,15 +168,7 @@ def analyze(
     target, options = experiment.initial_state(), config.analysis
     loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
     records = []
-    for step in steps:
-        with user_errors('workdir'):
-            try:
-                state, host = checkpoint.restore(folder, step, target)
-            except checkpoint.Damaged as damage:
-                if which != 'all' or (step == steps[-1] and not records):
-                    raise
-                report(f'warning: {damage}; it is left out')
-                continue
+    for step, state, host in _sound(folder, steps, target, report):
         began = time.perf_counter()
         records.append(
             {
