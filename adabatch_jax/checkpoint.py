@@ -241,8 +241,9 @@ def restore(
             report(f'warning: {line}; going on from that of update {candidate}')
         state, host = _read(directory / str(candidate))
         return (state if target is None else _like(target, state)), host
-    none_left = '' if step else f'; no other is left in {str(directory)!r}, and nothing was changed'
-    raise Damaged(f'{"; ".join(damages)}{none_left}')
+    if step is None:
+        damages.append(f'no other is left in {str(directory)!r}, and nothing was changed')
+    raise Damaged('; '.join(damages))
 
 
 def set_aside_after(directory: str | os.PathLike, step: int) -> None:

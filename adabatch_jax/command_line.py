@@ -3,7 +3,7 @@
 import difflib
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -49,8 +49,7 @@ def parse(
             raise ConfigError(' '.join(lines)) from error
         if unknown := re.search(r'[Kk]ey "?(\w+)"? does not exist', lines[-1]):
             leaves = {key.rpartition('.')[2]: key for key in flatten(default_config())}
-            close = difflib.get_close_matches(unknown[1], leaves, n=3, cutoff=0.5) or leaves
-            accepted = ', '.join(leaves[name] for name in close)
+            accepted = ', '.join(leaves[name] for name in _closest(unknown[1], leaves))
             raise ConfigError(f'--config: unknown key {unknown[1]}; accepted: {accepted}') from error
         raise ConfigError(f'--config: {lines[-1]}') from error
     if rest_is:
@@ -60,9 +59,14 @@ def parse(
     return values
 
 
+def _closest(name: str, names: Iterable[str]) -> Iterable[str]:
+    """The names that are most like a misspelt one; all where none is."""
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+
+
 def check_overrides(argv: list[str]) -> None:
     """Refuses ``--config.KEY=VALUE`` of unknown keys and wrong types, more clearly than a parser."""
-    accepted = {int: 'a whole number', float: 'a number'}
+    numbers = {int: 'a whole number', float: 'a number'}
     defaults = flatten(default_config())
     names = {argument.lstrip('-').partition('=')[0] for argument in argv[1:] if argument[:1] == '-'}
     if 'config' not in names and any(name.startswith('config.') for name in names):
@@ -73,14 +77,14 @@ def check_overrides(argv: list[str]) -> None:
             continue
         key = key.removeprefix('config.')
         if key not in defaults:
-            close = difflib.get_close_matches(key, defaults, n=3, cutoff=0.5) or defaults
-            raise ConfigError(f'config.{key}: unknown key; accepted: {", ".join(close)}')
+            accepted = ', '.join(_closest(key, defaults))
+            raise ConfigError(f'config.{key}: unknown key; accepted: {accepted}')
         kind = type(defaults[key])
         try:
-            if given and kind in accepted:
+            if given and kind in numbers:
                 kind(value)
         except ValueError:
-            raise ConfigError(f'config.{key}: got {value!r}; accepted: {accepted[kind]}') from None
+            raise ConfigError(f'config.{key}: got {value!r}; accepted: {numbers[kind]}') from None
 
 
 def run(

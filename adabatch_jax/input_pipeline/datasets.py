@@ -20,9 +20,6 @@ class DataError(ValueError):
     """Data that a run cannot use, found while it reads them."""
 
 
-MOST_CLASSES = 2**20  # of labels in a file; more are taken for a mistake
-
-
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """What a run needs to know before any image is read.
@@ -86,6 +83,8 @@ def _synthetic_source(dataset, seed: int) -> Source:
 
 # --------------------------------------------------------------------------------------- npz
 
+_MOST_CLASSES = 2**20  # of labels in a file; more are taken for a mistake
+
 
 @functools.lru_cache(maxsize=4)
 def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarray]:
@@ -101,11 +100,11 @@ def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarr
             'accepted: uint8 [n, height, width, channels]'
         )
     is_right = labels.shape == images.shape[:1] and labels.dtype.kind in 'iu'
-    if not is_right or labels.min() < 0 or labels.max() >= MOST_CLASSES:
+    if not is_right or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
         values = f', {labels.min()} to {labels.max()}' if is_right else ''
         raise ValueError(
             f'data set npz: {path}: labels has dtype {labels.dtype} and shape {labels.shape}{values}; '
-            f'accepted: {len(images)} whole numbers from 0 on, below {MOST_CLASSES:,}'
+            f'accepted: {len(images)} whole numbers from 0 on, below {_MOST_CLASSES:,}'
         )
     return images, labels.astype(np.int32)
 
