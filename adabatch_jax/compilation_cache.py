@@ -13,6 +13,11 @@ import jaxlib
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 NAMES = ('cache_hits', 'cache_misses')
+# JAX leaves out what compiles in less than a second; a run has many such steps.
+KEEP_ALL = {
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+}
 _of_thread, _of_process = threading.local(), collections.Counter()
 _lock = threading.Lock()
 
@@ -55,17 +60,20 @@ def enable(directory: str) -> None:
     """Keeps compiled code on disk from one process to the next.
 
     Args:
-      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, or the one that the environment variable
-        ``JAX_COMPILATION_CACHE_DIR`` names; ``''`` for none. Each version of jaxlib has its own folder.
+      directory: ``'auto'`` for ``~/.cache/adabatch_jax``, where each version of jaxlib has its own
+        folder, or for the one that the environment variable ``JAX_COMPILATION_CACHE_DIR`` names;
+        ``''`` for none.
     """
-    if directory == 'auto':
-        if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-            return
-        home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-        directory = os.path.join(home, 'adabatch_jax')
-    if directory:
+    given = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+    if directory == 'auto' and given:
+        directory = given
+    elif directory:
+        if directory == 'auto':
+            home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+            directory = os.path.join(home, 'adabatch_jax')
         directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
     jax.config.update('jax_compilation_cache_dir', directory or None)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    for name, value in KEEP_ALL.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     reset_cache()  # it may have been opened elsewhere, by an earlier compilation

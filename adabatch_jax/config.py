@@ -83,7 +83,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     batch.statistics = statistics = ml_collections.ConfigDict()  # policies that decide by statistics
     statistics.min_size = 0  # examples; floor of policies that may shrink, 0: base_size
-    statistics.decay = 0.99  # of the averages, for base_size examples
+    # Of the averages, for base_size examples (adascale: for reference_batch_size).
+    statistics.decay = 0.99
     statistics.decision_epochs = 0.25  # epochs between two decisions at least
     statistics.hysteresis = 0.1  # relative distance past the boundary of two rungs
     statistics.max_rungs = 1  # of the ladder, in one decision

@@ -61,11 +61,13 @@ class Experiment:
 
     def train_spec(self, batch_size: int, num_updates: int = 1) -> steps.StepSpec:
         """The train step of a batch size, for one update or several at once."""
+        rule, optimizer = self.config.learning_rate.rule, self.config.optimizer
+        is_penalised = rule != 'schedule' and optimizer.name in optimizers.PENALISED
         microbatch, num_microbatches = self.plan.split(batch_size)
         # A batch whose images are too many for memory comes to the devices in parts, unless they are
         # there, or a step size is searched for on it as a whole.
         fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
-        if self.config.learning_rate.rule != 'schedule' or self.load:
+        if rule != 'schedule' or self.load:
             fit = num_microbatches
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
         return self._step(
@@ -74,8 +76,9 @@ class Experiment:
             num_parts=num_microbatches // in_part,
             skip_non_finite=self.config.divergence.action == 'skip',
             statistics=self.policy.statistics,
-            rule=self.config.learning_rate.rule,
+            rule=rule,
             fraction=batch_size / self.info.num_train,
+            weight_decay=(optimizer.weight_decay if is_penalised else 0.0, optimizer.decayed),
             load=self.load,
             num_updates=num_updates,
             reduction=self.reduction,

@@ -19,6 +19,7 @@ class HostState:
       policy: the policy's state.
       ladder: the policy's, to which its state belongs.
       max_per_device: the largest microbatch in use.
+      devices: how many, and what they are.
       upcoming: the next update, None where there is none: ``start``, ``batch_size``, and the ``reason``,
         ``inputs`` and ``gain`` of the decision. It was decided one observation behind, and a continued
         run must not decide it again with what has been observed since.
@@ -39,6 +40,7 @@ class HostState:
     policy: dict[str, Any]
     ladder: list[int] = dataclasses.field(default_factory=list)
     max_per_device: int = 0
+    devices: str = ''
     upcoming: dict[str, Any] | None = None
     stage: int = -1
     batch_size: int = 0

@@ -10,6 +10,8 @@ import optax
 SAGA = ('saga', 'dynasaga')
 REDUCED = ('svrg', *SAGA)  # SGD on gradients with less noise, see variance_reduction
 OPTIMIZERS = ('sgd', 'lars', 'lars_optax', 'lamb', 'adam', 'adamw', 'adagrad', *REDUCED)
+# Weight decay is part of their gradient, as that of a penalty: they minimise the loss and the penalty.
+PENALISED = ('sgd', 'adam', 'adagrad', *REDUCED)
 DECAYED = ('all', 'kernels')
 
 

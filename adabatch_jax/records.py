@@ -54,15 +54,15 @@ def evaluation(run, result: dict[str, Any]) -> dict[str, Any]:
     """Of an ``eval`` record, from what ``evaluate`` found.
 
     ``gradient_evaluations``: of single examples since the beginning; more than the examples seen with
-    SVRG. ``objective``: what SGD and its kin minimise, the loss and the term of weight decay, where the
-    loss is that of the training split.
+    SVRG. ``objective``: the loss and the penalty that weight decay is the gradient of, where it is and
+    the loss is that of the training split.
     """
     config, state = run.experiment.config, run.state
     each = 2 if config.learning_rate.rule == 'barzilai_borwein' else 1  # before and after the step
     evaluations = int(state.reduction.get('evaluations', each * run.examples_seen))
     fields = {'split': config.dataset.eval_split, **result, 'gradient_evaluations': evaluations}
-    is_sgd = config.optimizer.name in ('sgd', *optimizers.REDUCED)
-    if config.dataset.eval_split == config.dataset.train_split and is_sgd:
+    is_penalised = config.optimizer.name in optimizers.PENALISED
+    if config.dataset.eval_split == config.dataset.train_split and is_penalised:
         options, params = config.optimizer, jax.device_get(state.params)
         penalty = optimizers.penalty(params, options.weight_decay, options.decayed)
         fields['objective'] = result['loss'] + float(penalty)

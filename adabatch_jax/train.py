@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import optax
 
 from adabatch_jax import (
     checkpoint,
@@ -194,6 +196,7 @@ def open_run(
         if not is_new:
             state, host = _restored(folder, state)
             _check_is_before_the_end(experiment, host, int(state.examples_seen))
+            state = _search_from_effective(experiment, host, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
         experiment = memory.fit(experiment)
@@ -249,21 +252,39 @@ def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examp
         )
 
 
+def _search_from_effective(
+    experiment: Experiment, host: dict[str, Any], state: train_state.TrainState
+) -> train_state.TrainState:
+    """The state where step sizes are searched for now, or from another size on, and were not before."""
+    now, before = schedule_of(experiment.config), host['schedule']
+    keys = ('learning_rate.rule', 'learning_rate.effective')
+    is_another = any(before.get(key, now[key]) != now[key] for key in keys)
+    if experiment.config.learning_rate.rule == 'schedule' or not is_another:
+        return state
+    start = experiment.config.learning_rate.effective
+    host['observed']['learning_rate'] = start
+    rate = jnp.full_like(optax.tree.get(state.opt_state, 'learning_rate'), start)
+    return state.replace(opt_state=optax.tree.set(state.opt_state, learning_rate=rate))
+
+
 def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_seen: int) -> HostState:
     """That of a checkpoint, or of a run that begins.
 
     A policy keeps its state through changes of the config that leave it its ladder.
     """
     policy, now = experiment.policy, schedule_of(experiment.config)
+    devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     if saved is None:
-        return HostState(now, policy.initial_state(), ladder=list(policy.ladder))
+        return HostState(now, policy.initial_state(), ladder=list(policy.ladder), devices=devices)
     names = {field.name for field in dataclasses.fields(HostState)}
     host = HostState(**{name: value for name, value in saved.items() if name in names})
     is_same = host.schedule.get('batch.policy') == now['batch.policy']
     if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):
         known, epoch = host.policy if is_same else {}, experiment.clock.epoch(examples_seen)
         host.policy = policy.continued(known, epoch, host.batch_size)
-    host.ladder = list(policy.ladder)
+    if host.devices != devices:
+        host.policy = policy.on_other_devices(host.policy)
+    host.ladder, host.devices = list(policy.ladder), devices
     return host
 
 

@@ -44,7 +44,7 @@ ALLOWED = {
     'train_state': {'checkpoint'},
     'steps': {
         'compilation_cache', 'train_state', 'gradient_statistics', 'line_search', 'losses', 'malloc',
-        'metrics', 'variance_reduction',
+        'metrics', 'optimizers', 'variance_reduction',
     },
     'input_pipeline': {'distributed'},
     'terminal': {'scaling', 'schedules'},

@@ -25,7 +25,8 @@ PROBING = {
         ({16: 1.0, 32: 1.011, 64: 1.0}, 64),  # compared with every smaller one, not with the next
         ({16: 1.0, 32: 0.9, 64: 0.95}, 32),
         ({16: 1.0, 32: 1.02, 64: 1.03}, 16),
-        ({16: critical_batch.WORST, 32: critical_batch.WORST}, 32),
+        ({16: critical_batch.WORST, 32: critical_batch.WORST}, 16),
+        ({16: critical_batch.WORST, 32: 1.0, 64: critical_batch.WORST}, 32),
     ],
 )
 def test_the_critical_batch_is_the_largest_that_loses_to_no_smaller_one(losses, expected):
@@ -71,6 +72,13 @@ def test_probes_are_due_at_their_interval_and_need_room_before_the_end():
     assert decision.batch_size == 32 and 'CriticalBatch asks for a batch of 32' in decision.reason
     assert decision.inputs == {'loss with 16': 1.0, 'loss with 32': 1.005, 'wanted': 32}
     assert policy.probes(state, 10 * NUM_EXAMPLES - 2400) == ()
+
+
+def test_nothing_is_probed_once_a_larger_batch_is_no_faster():
+    policy = make_probing(**{'batch.statistics.min_speedup': 1.1})
+    for slower, expected in ((1.5, (16, 32)), (2.0, ())):
+        timed = policy.initial_state() | {'times': {'8': [5, 1.0], '16': [5, slower]}}
+        assert policy.probes(timed, 2 * NUM_EXAMPLES) == expected
 
 
 def test_a_branch_that_diverges_is_not_tolerated_and_the_top_of_the_ladder_is_not_probed():
@@ -153,5 +161,7 @@ def test_probes_too_short_for_the_ladder_are_a_mistake_and_their_cost_is_in_the_
     short = PROBING | {'batch.critical_batch.probe_epochs': 0.5}
     with pytest.raises(ConfigError, match=r'critical_batch.probe_epochs: got 0.5, 50 examples; needs'):
         train.plan(tiny(**short))
+    with pytest.raises(ConfigError, match=r'probe_epochs: got 9, and the run has .* epochs; accepted'):
+        train.plan(tiny(**PROBING | {'batch.critical_batch.probe_epochs': 9.0}))
     note = train.fitted(tiny(**PROBING)).policy.note
     assert note == 'Probes, beside these updates: at most 5 x 2 branches of 64 examples.'

@@ -10,7 +10,7 @@ import pytest
 from test_steps import make_batch, make_spec, make_state, numpy_gradient, run_step
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import train
+from adabatch_jax import distributed, steps, train
 from adabatch_jax.config import ConfigError
 
 BATCH = 16
@@ -24,39 +24,45 @@ def moved(params, gradient, size):
     return jax.tree.map(lambda x, g: x - size * g, params, gradient)
 
 
-def first_step(rule, num_microbatches, given=64.0, **fields):
-    spec = dataclasses.replace(make_spec(num_microbatches=num_microbatches), rule=rule, **fields)
+def first_step(rule, num_microbatches, given=64.0, decay=0.0, **fields):
+    spec = make_spec(num_microbatches=num_microbatches, weight_decay=decay)
+    spec = dataclasses.replace(spec, rule=rule, weight_decay=(decay, 'all'), **fields)
     state, batch = make_state(spec), make_batch(BATCH)
     return float64(state.params), batch, run_step(spec, state, batch, given)
 
 
-def armijo_in_numpy(params, batch, given):
-    gradient, before, _ = numpy_gradient(params, batch)
+def objective(params, batch, decay):
+    """Gradient and value in float64 of the mean loss and the penalty of weight decay."""
+    gradient, loss, _ = numpy_gradient(params, batch)
+    squares = sum(np.sum(x**2) for x in params.values())
+    return {k: g + decay * params[k] for k, g in gradient.items()}, loss / BATCH + decay / 2 * squares
+
+
+def armijo_in_numpy(params, batch, given, decay=0.0):
+    gradient, before = objective(params, batch, decay)
     slope = sum(np.sum(g**2) for g in gradient.values())
     size = given
-    while numpy_gradient(moved(params, gradient, size), batch)[1] / BATCH > (
-        before / BATCH - 0.1 * size * slope
-    ):
+    while objective(moved(params, gradient, size), batch, decay)[1] > before - 0.1 * size * slope:
         size /= 2
     return gradient, size
 
 
-@pytest.mark.parametrize('num_microbatches', [1, 2, 4])
-def test_the_step_takes_the_size_that_armijo_gives_for_the_whole_batch(num_microbatches):
-    params, batch, (after, sums) = first_step('armijo', num_microbatches)
-    gradient, size = armijo_in_numpy(params, batch, 64.0)
+@pytest.mark.parametrize('num_microbatches, decay', [(1, 0.0), (2, 0.0), (4, 0.0), (2, 10.0)])
+def test_the_step_takes_the_size_that_armijo_gives_for_the_whole_batch(num_microbatches, decay):
+    params, batch, (after, sums) = first_step('armijo', num_microbatches, decay=decay)
+    gradient, size = armijo_in_numpy(params, batch, 64.0, decay)
     assert 1e-4 < size < 64.0 and sums['learning_rate'] == size
     for key, value in moved(params, gradient, size).items():
         np.testing.assert_allclose(after.params['Dense_0'][key], value, atol=2e-5)
     assert after.opt_state.hyperparams['learning_rate'] == size  # where the next search begins
 
 
-@pytest.mark.parametrize('fraction', [0.5, 1.0])
-def test_the_next_search_begins_where_barzilai_borwein_says(fraction):
-    fields = {'statistics': 'norms', 'fraction': fraction}
+@pytest.mark.parametrize('fraction, decay', [(0.5, 0.0), (1.0, 0.0), (1.0, 10.0)])
+def test_the_next_search_begins_where_barzilai_borwein_says(fraction, decay):
+    fields = {'statistics': 'norms', 'fraction': fraction, 'decay': decay}
     params, batch, (after, sums) = first_step('barzilai_borwein', 2, **fields)
-    gradient, size = armijo_in_numpy(params, batch, 64.0)
-    there, _, _ = numpy_gradient(moved(params, gradient, size), batch)
+    gradient, size = armijo_in_numpy(params, batch, 64.0, decay)
+    there, _ = objective(moved(params, gradient, size), batch, decay)
     squared = sum(np.sum(g**2) for g in gradient.values())
     curvature = sum(np.sum(-(there[k] - g) * g) for k, g in gradient.items()) / (size * squared)
     noise = float(sums['variance']) / BATCH / squared if fraction < 1 else 0.0
@@ -91,6 +97,18 @@ def test_a_momentum_that_leads_uphill_does_not_make_later_searches_begin_at_its_
     after, sums = run_step(spec, before, batch, 1.0)
     assert sums['learning_rate'] == start / 2**30
     assert after.opt_state.hyperparams['learning_rate'] == start
+
+
+def test_with_weight_decay_a_search_comes_to_the_minimum_of_loss_and_penalty():
+    """Softmax regression with the whole data set: near the minimum the loss alone would have to rise."""
+    decay, batch = 0.3, make_batch(BATCH)
+    spec = make_spec(weight_decay=decay)
+    spec = dataclasses.replace(spec, rule='armijo', weight_decay=(decay, 'all'))
+    step, state = steps.compile_step(spec), make_state(spec)
+    for k in range(200):
+        state, _ = step(state, distributed.put(batch), np.float32(1.0), np.uint32(k))
+    gradient, _ = objective(float64(state.params), batch, decay)
+    assert max(np.abs(g).max() for g in gradient.values()) < 1e-3
 
 
 CHANGES = {
@@ -129,6 +147,16 @@ def test_growth_of_the_batch_doubles_where_the_next_search_begins(tmp_path):
     sizes = sorted(found)
     assert len(sizes) > 1
     assert [found[size] / 1e-5 for size in sizes] == pytest.approx([2**k for k in range(len(sizes))])
+
+
+def test_a_schedule_that_becomes_a_search_begins_with_its_own_step_size(tmp_path):
+    changes = CHANGES | {'batch.policy': 'fixed', 'log_every_steps': 1}
+    planned = {'learning_rate.rule': 'schedule', 'learning_rate.effective': 1e-4, 'num_epochs': 1.0}
+    updates = train.train(tiny(**changes | planned), tmp_path)['updates']
+    searched = {'learning_rate.rule': 'armijo', 'learning_rate.effective': 1e-3}
+    train.train(tiny(**changes | searched), tmp_path, allow_schedule_change=True)
+    first = next(r for r in of_kind(tmp_path, 'train') if r['step'] > updates)
+    assert first['learning_rate'] == pytest.approx(1e-3)  # so small that no halving was needed
 
 
 @pytest.mark.parametrize(

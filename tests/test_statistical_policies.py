@@ -339,6 +339,12 @@ def test_the_throughput_guard_ends_growth_where_the_last_rung_brought_too_little
     assert policy.decide(state, 0).batch_size == 128
 
 
+def test_times_of_other_devices_are_forgotten_and_nothing_else():
+    policy = make('noise_scale', **{'batch.statistics.min_speedup': 1.1})
+    state = steady(policy, 1000.0, seconds=lambda size: 1.0)
+    assert state['times'] and policy.on_other_devices(state) == state | {'times': {}}
+
+
 def test_averages_remember_examples_not_updates():
     policy = make('noise_scale')
     one = policy.averaged({'sums': {}, 'weight': 0.0}, {'variance': 3.0}, 64)
@@ -359,6 +365,8 @@ def test_the_reason_tells_the_numbers_and_the_inputs_hold_them():
 
 
 def test_a_ladder_that_misses_the_base_size_is_refused():
+    with pytest.raises(ValueError, match='max_size: got 64 with min_size 128 and growth_factor 2'):
+        make('cabs', **{'batch.statistics.min_size': 128, 'batch.max_size': 64})
     with pytest.raises(ValueError, match='base_size: got 16, which growth by 2 from min_size 5'):
         make('cabs', **{'batch.statistics.min_size': 5})
 
@@ -382,6 +390,19 @@ def test_adascale_measures_its_gain_and_leaves_the_batch_as_planned():
     decision = policy.decide(state, 0)
     assert decision.gain == pytest.approx(adascale.gain(64 / 16, 1.0, 8), rel=0.1)
     assert policy.decide(policy.initial_state(), 0).gain == 1.0
+
+
+def test_adascale_takes_the_square_root_of_its_gain_for_adam():
+    changes = {'batch.base_size': 128, 'learning_rate.reference_batch_size': 16}
+    sgd, adam = (make('adascale', **changes, **{'optimizer.name': name}) for name in ('sgd', 'adam'))
+    noisy = {'variance': 16.0, 'squared_gradient': 0.0}
+    assert sgd.decide(noisy, 0).gain == 8 and adam.decide(noisy, 0).gain == 8**0.5
+
+
+@pytest.mark.parametrize('name, coupling', [('adascale', 'linear'), ('seesaw', 'none')])
+def test_a_coupling_that_a_policy_has_no_use_for_is_refused(name, coupling):
+    with pytest.raises(ValueError, match=f"policy {name}: got coupling '{coupling}'; needs"):
+        make(name, **{'learning_rate.coupling': coupling, 'learning_rate.schedule': 'cosine'})
 
 
 # -------------------------------------------------------------------------------- seesaw

@@ -6,7 +6,14 @@ compiled steps stays bounded.
 
 import importlib
 
-from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, Policy, State
+from adabatch_jax.policies.base import (
+    ADAPTIVE_OPTIMIZERS,
+    Decision,
+    Observation,
+    PlannedPolicy,
+    Policy,
+    State,
+)
 from adabatch_jax.schedules import Clock, LearningRate
 
 __all__ = [
@@ -41,7 +48,6 @@ NAMES = (
     'stages',
 )
 POLICIES = {name: importlib.import_module(f'{__name__}.{name}') for name in NAMES}
-ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
 SEARCHED = (
     'Learning rates are searched for on each batch ({}), without schedule and coupling; '

@@ -6,7 +6,8 @@ gain ::
 
     r = (V + |G|^2) / (V / s + |G|^2)        V = tr(Sigma) / B0
 
-which is s where there is only noise and 1 where there is none. It takes the place of the coupling. The
+which is s where there is only noise and 1 where there is none; for optimizers of the Adam type times the
+square root of r, as their coupling is one of the square root. It takes the place of the coupling. The
 batch itself is planned: ``batch.stages``, or ``batch.base_size`` throughout. B0 is
 ``learning_rate.reference_batch_size``, so that the schedule is the one of the base batch.
 
@@ -17,7 +18,14 @@ progress stays the number of examples seen, so that runs of one length have seen
 import math
 
 from adabatch_jax.policies import fixed, stages
-from adabatch_jax.policies.base import Decision, Observation, PlannedPolicy, State, decayed
+from adabatch_jax.policies.base import (
+    ADAPTIVE_OPTIMIZERS,
+    Decision,
+    Observation,
+    PlannedPolicy,
+    State,
+    decayed,
+)
 
 COUPLING = 'none'
 NEEDS_SCHEDULE = True
@@ -40,14 +48,15 @@ class AdaScale(PlannedPolicy):
     """Planned batch sizes, with a gain of the learning rate from averages of the statistics."""
 
     statistics = 'norms'
-    note = (
-        'The learning rate is multiplied by the gain that AdaScale measures: from 1 up to batch size / '
-        'reference batch size; shown: 1.'
-    )
 
-    def __init__(self, transitions, reference: int, decay: float):
+    def __init__(self, transitions, reference: int, decay: float, power: float = 1.0):
         super().__init__(transitions)
-        self.reference, self.decay = reference, decay
+        self.reference, self.decay, self.power = reference, decay, power
+        most = 'batch size / reference batch size'
+        self.note = (
+            'The learning rate is multiplied by the gain that AdaScale measures: from 1 up to '
+            f'{most if power == 1 else f"({most}) ** {power:g}"}; shown: 1.'
+        )
 
     def initial_state(self) -> State:
         return {'variance': 0.0, 'squared_gradient': 0.0}  # what both are divided by is the same
@@ -64,12 +73,23 @@ class AdaScale(PlannedPolicy):
     def decide(self, state: State, examples_seen: int) -> Decision:
         planned = super().decide(state, examples_seen)
         variance = state['variance'] / self.reference
-        r = gain(variance, state['squared_gradient'], planned.batch_size / self.reference)
+        r = gain(variance, state['squared_gradient'], planned.batch_size / self.reference) ** self.power
         return Decision(planned.batch_size, planned.reason, {'gain': r}, r)
 
 
 def create(config, rate, clock) -> AdaScale:
-    """The stages of ``batch.stages`` where there are any, else ``batch.base_size``."""
+    """The stages of ``batch.stages`` where there are any, else ``batch.base_size``.
+
+    Raises:
+      ValueError: a coupling, whose place the gain takes.
+    """
+    if rate.coupling != 'none':
+        raise ValueError(
+            f'policy adascale: got coupling {rate.coupling!r}; needs auto or none, since the gain that '
+            'is measured takes its place'
+        )
     planned = (stages if config.batch.stages else fixed).create(config, rate, clock)
     options = config.batch.statistics
-    return AdaScale(planned.transitions, config.learning_rate.reference_batch_size, options.decay)
+    reference = config.learning_rate.reference_batch_size
+    power = 0.5 if config.optimizer.name in ADAPTIVE_OPTIMIZERS else 1.0
+    return AdaScale(planned.transitions, reference, options.decay, power)

@@ -7,6 +7,7 @@ from typing import Any
 from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
 
 State = dict[str, Any]  # plain JSON types: it travels in the checkpoint
+ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Policy:
         """
         return self.initial_state()
 
+    def on_other_devices(self, state: State) -> State:
+        """The state to go on with where the run does so on other devices, or on more or fewer."""
+        return state
+
     def observe(self, state: State, observation: Observation) -> State:
         """The state after one more update has been seen."""
         return state
@@ -143,11 +148,12 @@ def decayed(sums: dict[str, float], quantities: dict[str, float], decay: float) 
     return {k: decay * sums.get(k, 0.0) + (1 - decay) * value for k, value in quantities.items()}
 
 
-def check_grows(sizes, batch) -> None:
+def check_grows(sizes, batch, min_size: int = 0) -> None:
     """Raises ``ValueError`` where a policy that is there to grow the batch has one size only."""
     if len(set(sizes)) == 1:
+        lowest = f'min_size {min_size}' if min_size else f'base_size {batch.base_size}'
         raise ValueError(
-            f'max_size: got {batch.max_size} with base_size {batch.base_size} and growth_factor '
+            f'max_size: got {batch.max_size} with {lowest} and growth_factor '
             f'{batch.growth_factor:g}: the batch never grows; change them or choose policy fixed'
         )
 
@@ -162,7 +168,7 @@ def ladder_from(batch, clock: Clock, min_size: int = 0) -> tuple[int, ...]:
     rungs = ladder(lowest, batch.growth_factor, batch.max_size or clock.num_examples)
     if not batch.max_size and len(rungs) > 1 and grow(rungs[-2], batch.growth_factor) > rungs[-1]:
         rungs = rungs[:-1]  # the size of the data set is no power
-    check_grows(rungs, batch)
+    check_grows(rungs, batch, min_size)
     if batch.base_size not in rungs:
         raise ValueError(
             f'base_size: got {batch.base_size}, which growth by {batch.growth_factor:g} from min_size '

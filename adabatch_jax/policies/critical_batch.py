@@ -41,6 +41,11 @@ class CriticalBatch(StatisticalPolicy):
                 f'examples; needs two updates of the largest batch size at least, {2 * self.ladder[-1]} '
                 'examples; probe longer, or lower max_size'
             )
+        if self.probe_examples > clock.total_examples:
+            raise ValueError(
+                f'critical_batch.probe_epochs: got {self.own.probe_epochs:g}, and the run has '
+                f'{clock.num_epochs:g} epochs; accepted: fewer than that'
+            )
         probes = len(clock.multiples(self.own.every_epochs, 'critical_batch.every_epochs'))
         self.note = (
             f'Probes, beside these updates: at most {probes} x {self.options.max_rungs + 1} branches of '
@@ -55,7 +60,8 @@ class CriticalBatch(StatisticalPolicy):
         waited = self.clock.epoch(examples_seen) - state['epoch'] >= self.own.every_epochs
         fits = examples_seen + self.probe_examples <= self.clock.total_examples
         spent = 0 < self.options.max_switches <= state['switches']
-        return sizes if waited and fits and not spent and len(sizes) > 1 else ()
+        ended = spent or self._saturated(state) or len(sizes) == 1
+        return sizes if waited and fits and not ended else ()
 
     def probed(self, state: State, examples_seen: int, losses: dict[int, float]) -> State:
         epoch = self.clock.epoch(examples_seen)
@@ -74,13 +80,15 @@ class CriticalBatch(StatisticalPolicy):
 def tolerated(losses: dict[int, float], tolerance: float) -> int:
     """The largest batch size whose loss is at most ``tolerance`` above that of every smaller one.
 
+    The smallest where the losses of all are ``WORST``.
+
     Args:
       losses: finite, by batch size.
       tolerance: in units of the loss.
     """
     largest, lowest = min(losses), math.inf
     for size, loss in sorted(losses.items()):
-        if loss <= lowest + tolerance:
+        if loss <= lowest + tolerance and loss < WORST:
             largest = size
         lowest = min(lowest, loss)
     return largest

@@ -22,7 +22,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     """Grows by ``1 / learning_rate.decay_factor`` at the decay epochs of the step schedule.
 
     Raises:
-      ValueError: the schedule has no decays to replace, or the coupling would not hold the rate.
+      ValueError: the schedule is no step schedule, or the coupling would not hold the rate.
     """
     batch, learning_rate = config.batch, config.learning_rate
     if learning_rate.schedule != 'step' or learning_rate.decay_factor == 1:

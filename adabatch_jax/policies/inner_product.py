@@ -5,6 +5,10 @@ the gradient ``G_B`` of the batch, the variance of ``g_i' G_B`` over examples i 
 ``theta^2 B |G_B|^4``. That allows far smaller batches than the norm test, which counts noise in all
 directions. The augmented test also keeps the noise orthogonal to ``G_B`` below ``nu^2 B |G_B|^2``. The
 batch never shrinks.
+
+``|G_B|^2`` is mostly noise where the gradient is small against it, and both tests then pass with a batch
+that is too small. The paper's safeguard against that, an average of the gradients of several updates in
+place of ``G_B``, would cost the memory of one more gradient, and is not here.
 """
 
 from adabatch_jax.policies.base import Observation, State

@@ -29,8 +29,14 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     A rung B begins where the effective rate has fallen to ``base_size / B`` of its highest value.
 
     Raises:
-      ValueError: the schedule never falls that far, so that nothing would grow.
+      ValueError: the schedule never falls that far, so that nothing would grow, or the coupling would
+        not turn what it falls by into batch.
     """
+    if rate.coupling == 'none':
+        raise ValueError(
+            "policy seesaw: got coupling 'none'; needs linear or sqrt, which hold the learning rate up "
+            'while the effective rate falls'
+        )
     rungs = ladder_from(config.batch, clock)
     points = np.linspace(0, clock.total_examples, POINTS + 1, dtype=np.int64)[:-1]
     rates = rate.effective_at(points / clock.num_examples)

@@ -77,6 +77,9 @@ class StatisticalPolicy(Policy):
         state = state or self.initial_state() | {'epoch': epoch}
         return state | {'inputs': {}} | nearest_rung(self.ladder, batch_size)
 
+    def on_other_devices(self, state: State) -> State:
+        return state | {'times': {}}
+
     def observe(self, state: State, observation: Observation) -> State:
         quantities = self.quantities(observation)
         if not all(map(math.isfinite, quantities.values())):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adabatch_jax import gradient_statistics, line_search, losses
+from adabatch_jax import gradient_statistics, line_search, losses, optimizers
 from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 from adabatch_jax.train_state import TrainState
 from adabatch_jax.variance_reduction import Outputs, real_examples
@@ -298,16 +298,26 @@ def _search(
 ) -> tuple[Any, Any, jax.Array]:
     """New parameters and optimizer state, and the step size, searched for on the batch.
 
-    The direction is the optimizer's with a learning rate of 1. Where the next search begins is kept as
-    the optimizer's learning rate.
+    The direction is the optimizer's with a learning rate of 1, and what is to fall is what it minimises:
+    the loss and the penalty of weight decay. Where the next search begins is kept as the optimizer's
+    learning rate.
     """
+    coefficient, decayed = spec.weight_decay
+    penalty = functools.partial(optimizers.penalty, weight_decay=coefficient, decayed=decayed)
+
+    def objective(params):
+        return batch_loss(spec, state, batch, params) + penalty(params)
+
+    def with_penalty(grads, params):
+        return jax.tree.map(jnp.add, grads, jax.grad(penalty)(params))
+
     last = optax.tree.get(state.opt_state, 'learning_rate')
     start = jnp.where(state.step == 0, given, last * given)
     opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.ones_like(start))
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
+    grads = with_penalty(grads, state.params)
     slope = gradient_statistics.inner_product(grads, direction)
-    loss = functools.partial(batch_loss, spec, state, batch)
-    size, is_found = line_search.armijo(loss, state.params, direction, slope, start)
+    size, is_found = line_search.armijo(objective, state.params, direction, slope, start)
     step = jax.tree.map(lambda d: size * d, direction)
     params = optax.apply_updates(state.params, step)
     following = size
@@ -315,7 +325,8 @@ def _search(
         there = accumulate(
             spec, state.replace(params=params), zero_totals(spec, state), batch, jnp.int32(0)
         )
-        change = jax.tree.map(jnp.subtract, _mean_gradient(spec, there[0]), grads)
+        there = with_penalty(_mean_gradient(spec, there[0]), params)
+        change = jax.tree.map(jnp.subtract, there, grads)
         noise = sums['variance'] / spec.batch_size / gradient_statistics.squared_norm(grads)
         noise = jnp.where(spec.fraction < 1, noise, 0.0)
         following = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)

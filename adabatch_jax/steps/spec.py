@@ -53,6 +53,8 @@ class StepSpec:
         ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
       rule: one of ``line_search.RULES``: where the step size comes from.
       fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
+      weight_decay: coefficient, and one of ``optimizers.DECAYED``, of the penalty that the optimizer
+        minimises with the loss; for the rules that search.
       load: where the data set lives on the devices, what makes images and labels of it there; see
         ``input_pipeline.device.Load``. None where batches come with their images.
       num_updates: updates that one call of a train step makes, one after the other.
@@ -73,6 +75,7 @@ class StepSpec:
     statistics: str = ''
     rule: str = 'schedule'
     fraction: float = 0.0
+    weight_decay: tuple[float, str] = (0.0, 'all')
     load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
     num_updates: int = 1
     loss: str = 'cross_entropy'
