@@ -1,7 +1,9 @@
 """What all commands share: flags and config from a command line, and mistakes as one line."""
 
+import contextlib
 import difflib
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 
@@ -105,6 +107,10 @@ def run(
       interrupted: what to say after an interrupt from the keyboard.
       rest_is: as for ``parse``.
     """
+    with contextlib.suppress(
+        AttributeError
+    ):  # of what stands in for it; a run is worth more than a sign
+        sys.stdout.reconfigure(errors='replace')
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold('warning')
     if '--help' in argv or '-h' in argv:

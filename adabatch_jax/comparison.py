@@ -54,6 +54,11 @@ class Run:
         return [record for record in self.records if record['kind'] == kind]
 
     @property
+    def name(self) -> str:
+        """Of its directory."""
+        return self.directory.resolve().name
+
+    @property
     def summary(self) -> Record | None:
         """The ``summary`` record; None of a run that is not finished."""
         found = self.of_kind('summary')
@@ -71,14 +76,13 @@ class Run:
         ``squared_gradient`` where that is positive, and ``suboptimality`` the objective less its least
         value, where that is known; ``RESOLUTION`` at least.
         """
-        points = [
-            (record[x], value)
-            for record in self.of_kind(kind)
-            if record.get(x) is not None and (value := self._field(record, y)) is not None
-        ]
-        return tuple(
-            np.array(values, float) for values in (zip(*points, strict=True) if points else ((), ()))
-        )
+        return self.fields(kind, x, y)
+
+    def fields(self, kind: str, *names: str) -> tuple[np.ndarray, ...]:
+        """Fields of the records of a kind, where all of them are numbers; see ``curve``."""
+        rows = [[self._field(record, name) for name in names] for record in self.of_kind(kind)]
+        rows = [row for row in rows if None not in row]
+        return tuple(np.array(rows, float).reshape(-1, len(names)).T)
 
     def _field(self, record: Record, name: str) -> float | None:
         if name == 'error':
@@ -160,18 +164,22 @@ class Group:
         return self.mean(run.summary.get(name) for run in self.runs if run.summary)
 
     def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, ...]:
-        """``x``, and mean, smallest and largest ``y`` of the runs, as far as all of them have come.
+        """Mean ``x``, and mean, smallest and largest ``y`` of the runs, as far as all have come.
 
-        Between the points of a run it is taken for linear.
+        They are compared where they have seen as many examples, since no two take as long; between the
+        points of a run it is taken for linear.
         """
-        curves = [curve for run in self.runs if len((curve := run.curve(kind, x, y))[0])]
+        curves = [run.fields(kind, 'examples_seen', x, y) for run in self.runs]
+        curves = [curve for curve in curves if len(curve[0])]
         if not curves:
             return (np.array([]),) * 4
-        positions = curves[0][0]
+        seen = curves[0][0]
         common = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
-        positions = positions[(positions >= common[0]) & (positions <= common[1])]
-        values = np.stack([np.interp(positions, *curve) for curve in curves])
-        return positions, values.mean(0), values.min(0), values.max(0)
+        seen = seen[(seen >= common[0]) & (seen <= common[1])]
+        positions, values = (
+            np.stack([np.interp(seen, curve[0], curve[k]) for curve in curves]) for k in (1, 2)
+        )
+        return positions.mean(0), values.mean(0), values.min(0), values.max(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +207,15 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for numbers, config in zip(groups.values(), configs, strict=True):
         members = tuple(runs[number] for number in numbers)
         found.append(Group(_label(members[0], config, differing), members))
-    labels = [g.label for g in found]
-    return [
-        dataclasses.replace(g, label=f'{g.label} ({g.runs[0].directory.name})')
-        if labels.count(g.label) > 1
-        else g
-        for g in found
-    ]
+    for name_of in (lambda run: run.name, lambda run: str(run.directory)):  # until all are told apart
+        labels = [g.label for g in found]
+        found = [
+            dataclasses.replace(g, label=f'{g.label} ({name_of(g.runs[0])})')
+            if labels.count(g.label) > 1
+            else g
+            for g in found
+        ]
+    return found
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +228,16 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
 
 def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
     if not config or not differing:
-        return run.directory.name
+        return run.name
     parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in differing]
     text = ', '.join(part.removeprefix('policy ') for part in parts)
-    return text if len(parts) <= 3 else run.directory.name
+    return text if len(parts) <= 3 else run.name
+
+
+def out_of_the_ordinary(summary: Record) -> str:
+    """What a ``summary`` record counts that most runs have none of."""
+    named = {'skipped': 'updates skipped', 'fall_backs': 'fallen back'}
+    return ', '.join(f'{name}: {summary[key]:,}' for key, name in named.items() if summary.get(key))
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -258,20 +274,20 @@ def comparison_rows(groups: Sequence[Group]) -> list[Record]:
     """The comparison of groups with the first of them.
 
     Returns:
-      For each group ``label``, ``runs``, ``finished``, ``epochs``, ``batch_sizes`` (first and last), and
-      spreads, None where no run is finished: ``updates``, ``accuracy``, ``train_seconds``,
+      For each group ``label``, ``runs``, ``finished``, ``epochs``, ``batch_sizes`` (smallest and
+      largest), and spreads, None where no run is finished: ``updates``, ``accuracy``, ``train_seconds``,
       ``epoch_seconds`` (training, an epoch) and ``wall_seconds``; ``accuracy_difference`` from the first
       group's mean, and ``speedup`` and ``wall_speedup`` over it, None where it is not known.
     """
     rows = []
     for g in groups:
-        sizes = [s['batch_size'] for s in stage_rows(g.runs[0].records)]
+        sizes = [s['batch_size'] for run in g.runs for s in stage_rows(run.records)]
         row = {
             'label': g.label,
             'runs': len(g.runs),
             'finished': sum(run.summary is not None for run in g.runs),
             'epochs': max(run.epoch for run in g.runs),
-            'batch_sizes': (sizes[0], sizes[-1]) if sizes else None,
+            'batch_sizes': (min(sizes), max(sizes)) if sizes else None,
             'updates': g.of_summary('updates'),
             'accuracy': g.of_summary('final_accuracy'),
             'train_seconds': g.of_summary('train_seconds'),

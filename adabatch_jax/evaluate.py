@@ -68,7 +68,7 @@ def evaluate_checkpoint(
       ConfigError: no run there, or no data.
     """
     compilation_cache.enable(config.compile.cache_dir)
-    run = describe(config)
+    run = describe(config, num_devices=1)  # the batches of training need not fit these devices
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
     state = run.initial_state()
 

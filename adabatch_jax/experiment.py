@@ -170,7 +170,7 @@ class Experiment:
     def normalised_over(self, stage: schedules.Stage) -> int:
         """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""
         policy = self.model.batch_norm
-        if not self.has_batch_norm:
+        if not self.has_batch_norm or policy == 'frozen':
             return 0
         devices = self.plan.num_devices if policy == 'sync' else 1
         return models.check_batch_norm(policy) or stage.microbatch_size * devices
@@ -178,7 +178,7 @@ class Experiment:
     @property
     def eval_spec(self) -> steps.StepSpec:
         """The evaluation step; its batch is no larger than the split, rounded up to the devices."""
-        devices = self.plan.num_devices
+        devices = jax.device_count()
         wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
         size = math.ceil(wanted / devices) * devices
         return self._step(batch_size=size, train=False)
@@ -237,7 +237,7 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
             batch_norm=config.model.batch_norm,
             **_family_options(config.model),
         )
-        has_batch_norm = 'batch_stats' in check_images(model, info.image_shape)
+        has_batch_norm = 'batch_stats' in check_model(model, info.image_shape, info.num_classes)
     with user_errors('config.optimizer'):
         options = {key: value for key, value in config.optimizer.items() if key not in ('svrg', 'saga')}
         optimizer = optimizers.create(**options)
@@ -356,11 +356,34 @@ def _family_options(model) -> dict[str, Any]:
     return {key: model[key] for key, default in options.items() if model[key] != default}
 
 
-def check_images(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The shapes of a model's variables, or ``ValueError`` where it cannot take images of a shape."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    init = functools.partial(model.init, train=False)
+def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """The shapes of a model's variables.
+
+    Raises:
+      ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
+    """
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    local = model.clone(batch_norm='local')  # of no groups, and without other devices
+
+    def both(key, images):
+        variables = local.init(key, images, train=False)
+        rngs = {'dropout': key}
+        outputs, _ = local.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+        return variables, outputs, local.apply(variables, images, train=False)
+
+    name = type(model).__name__
     try:
-        return jax.eval_shape(init, jax.random.key(0), images)
+        variables, *outputs = jax.eval_shape(both, jax.random.key(0), images)
     except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
-        raise ValueError(f'{type(model).__name__} cannot take images of {image_shape}') from error
+        cause = next(iter(str(error).splitlines()), '')
+        raise ValueError(
+            f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}'
+        ) from error
+    wrong = [getattr(x, 'shape', type(x).__name__) for x in outputs]
+    wrong = [shape for shape in wrong if shape != (2, num_classes)]
+    if wrong:
+        raise ValueError(f'{name} gives {wrong[0]} for 2 images; accepted: logits {(2, num_classes)}')
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)} - {jnp.dtype(jnp.float32)}
+    if dtypes:
+        raise ValueError(f'{name} has variables of {dtypes.pop()}; accepted: float32')
+    return variables

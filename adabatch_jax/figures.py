@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ SUFFIXES = ('.png', '.svg', '.pdf')
 # For any number of groups, in their order.
 _COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _MARKERS, _LINES = 'os^Dv<>', ('-', '--', ':')
+_WIDTH, _HEIGHT = 5.2, 3.9  # inches
+_LEGEND_LINE, _LEGEND_LINES = 0.17, 4  # inches of each, and how many there is room for
 
 
 def style(number: int) -> dict[str, str]:
@@ -66,7 +69,7 @@ def lines(
         axes.plot(
             line.x,
             line.y,
-            label=line.label,
+            label=_printed(line.label),
             drawstyle='steps-post' if steps else 'default',
             **look | many,
         )
@@ -82,10 +85,18 @@ def lines(
     if log_y:
         axes.set_yscale('log', base=2 if steps else 10)
         axes.yaxis.set_major_formatter('{x:,g}')
-        low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter('{x:,g}' if high < 10 * low and not steps else '')
+        axes.yaxis.set_minor_formatter('' if steps else _minor(*axes.get_ylim()))
     _legend(figure, axes)
     return figure
+
+
+def _minor(low: float, high: float) -> Any:
+    """Labels between the powers of ten of a logarithmic axis, so that it has two at least."""
+    powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
+    if powers >= 2:
+        return ''
+    few = powers == 1 and high > 3 * low
+    return lambda y, _: f'{y:,g}' if not few or f'{y:e}'[0] in '25' else ''
 
 
 def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -> Any:
@@ -104,7 +115,7 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
         look = {key: value for key, value in style(number).items() if key != 'linestyle'}
         spread = [number + 0.06 * (k - (len(values) - 1) / 2) for k in range(len(values))]
         hollow = {'markerfacecolor': 'none'} if number >= len(_COLORS) else {}
-        axes.plot(spread, values, label=label, linestyle='', markersize=6, **look, **hollow)
+        axes.plot(spread, values, label=_printed(label), linestyle='', markersize=6, **look, **hollow)
         if values:
             mean = sum(values) / len(values)
             axes.hlines(mean, number - 0.3, number + 0.3, color=look['color'], linewidth=1.5)
@@ -120,7 +131,7 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
 def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.9), layout='constrained')
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout='constrained')
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
@@ -133,6 +144,14 @@ def _legend(figure: Any, axes: Any) -> None:
     if labels:
         columns = 2 if max(map(len, labels)) < 32 else 1
         figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+        lines_ = sum(label.count('\n') + 1 for label in labels) / columns
+        figure.set_figheight(_HEIGHT + _LEGEND_LINE * max(0, lines_ - _LEGEND_LINES))
+
+
+def _printed(label: str) -> str:
+    """A label as matplotlib prints it: no formula, and not left out for an underscore before it."""
+    label = textwrap.fill(label, 60).replace('$', r'\$')
+    return f' {label}' if label.startswith('_') else label
 
 
 def scaling(rows: list[dict[str, float]]) -> Any:
@@ -146,11 +165,11 @@ def scaling(rows: list[dict[str, float]]) -> Any:
     }
     for number, (name, label) in enumerate(labels.items()):
         look = style(number) | ({'linestyle': '--'} if name == 'worthwhile' else {})
-        axes.plot(devices, [first / row[name] for row in rows], label=label, **look)
+        axes.plot(devices, [first / row[name] for row in rows], label=_printed(label), **look)
     axes.plot(devices, devices, color='0.6', linestyle=':', label='as many times as devices')
     axes.set(
         xlabel='devices',
-        ylabel='speed-up over the fixed batch on one device',
+        ylabel='speed-up over fixed, one device',
         ylim=(0.5, 2 * max(first / row[name] for row in rows for name in labels)),
     )
     axes.set_xscale('log', base=2)

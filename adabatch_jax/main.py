@@ -149,6 +149,8 @@ def check(values: flags.FlagValues) -> None:
     for name in ('seeds', 'policies'):
         if values[name].present and not values.sweep:
             refuse(name, '--sweep')
+        if values[name].present and not values[name].value:
+            refuse(name, 'one or more, separated by commas')
     for name in ('sweep', 'allow_schedule_change'):
         if values[name].value and values.mode != 'train':
             refuse(name, '--mode=train')
@@ -177,7 +179,8 @@ def train_run(config, directory: str, allow_schedule_change: bool) -> int:
         raise ConfigError(f'workdir: {reason}; make room, and the same command continues') from reason
     if distributed.is_first() and not progress.quiet:
         run = comparison.read_run(directory)
-        terminal.print_stages(comparison.stage_rows(run.records), run.summary)
+        unusual = comparison.out_of_the_ordinary(run.summary)
+        terminal.print_stages(comparison.stage_rows(run.records), run.summary, unusual)
     return 0
 
 

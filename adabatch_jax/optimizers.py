@@ -35,7 +35,8 @@ def scale_by_lars(
     ``lr * eta * |w| / (|g| + wd |w| + eps) * (g + wd w)`` for kernels, the ratio 1 where either norm
     is 0; ``lr * g`` for biases and BatchNorm parameters. You, Gitman and Ginsburg, "Large Batch
     Training of Convolutional Networks", 2017, equation 6 and algorithm 1. optax.lars differs: it
-    divides by the norm of ``g + wd w`` and keeps the learning rate outside the buffer.
+    divides by the norm of ``g + wd w``. With either, a change of the learning rate reaches the buffer
+    update by update.
     """
 
     def update_leaf(g, w):

@@ -26,12 +26,14 @@ class Page:
     Attributes:
       tables: in order; figures come after the first.
       drawn: figures by the names of their files.
-      notes: what could not be read, and which runs are not finished.
+      notes: what could not be read, which runs are not finished, and what happened to the others.
+      num_runs: how many it is of.
     """
 
     tables: list[Table]
     drawn: dict[str, Any]
     notes: list[str]
+    num_runs: int = 0
 
 
 _CSS = """

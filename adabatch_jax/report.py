@@ -15,12 +15,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from adabatch_jax import command_line, comparison, figures, pages
 from adabatch_jax.comparison import Group, Spread
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.pages import Page, Table
+
+# In the reason of a ``session`` record, where a run went on as another than the one that it began as.
+CHANGED = ('schedule changed', 'effective learning rate', 'out of memory')
 
 # -------------------------------------------------------------------------------- what it says
 
@@ -47,7 +51,7 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     if any(run.minimum for g in groups for run in g.runs):
         tables.append(minima_table(groups))
     tables += [stage_table(group) for group in groups]
-    return Page(tables, all_figures(groups), [*notes(groups), *refused])
+    return Page(tables, all_figures(groups), [*notes(groups), *refused], len(runs))
 
 
 def number(spread: Spread | None, form: str, scale: float = 1.0) -> str:
@@ -58,6 +62,11 @@ def number(spread: Spread | None, form: str, scale: float = 1.0) -> str:
     if spread.count == 1 or spread.low == spread.high:
         return text
     return f'{text} ({format(scale * spread.low, form)} to {format(scale * spread.high, form)})'
+
+
+def digits(spread: Spread | None) -> str:
+    """Three digits, and more before the decimal point where there are."""
+    return ',.0f' if spread and spread.high >= 100 else '.3g'
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
@@ -74,7 +83,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
                 number(row['updates'], ',.0f'),
                 number(row['accuracy'], '.2f', 100),
                 '-' if difference is None else f'{100 * difference:+.2f}',
-                number(row['epoch_seconds'], ',.3g'),
+                number(row['epoch_seconds'], digits(row['epoch_seconds'])),
                 number(row['train_seconds'], ',.1f'),
                 '-' if row['speedup'] is None else f'{row["speedup"]:.2f}',
                 '-' if row['wall_speedup'] is None else f'{row["wall_speedup"]:.2f}',
@@ -85,8 +94,10 @@ def comparison_table(groups: Sequence[Group]) -> Table:
         'against the first, %', 'training, s an epoch', 'training, s', 'speed-up', 'speed-up, wall',
     )  # fmt: skip
     note = (
-        'Means over seeds, with the smallest and the largest. Training: forward, backward and update, '
-        'without evaluation, checkpoints and waiting for compilation; speed-ups are over the first run.'
+        'Means over seeds, with the smallest and the largest; batch sizes: of all stages. Training: '
+        'forward, backward and update, without evaluation, checkpoints and waiting for compilation; '
+        'speed-ups are over the first run. Curves reach as far as all seeds have come, bands from the '
+        'lowest seed to the highest; dotted lines: transitions of the first seed.'
     )
     return Table('Comparison', columns, rows, note)
 
@@ -148,7 +159,7 @@ def minima_table(groups: Sequence[Group]) -> Table:
     names = list(dict.fromkeys(name for values in found for name in values))
 
     def cell(spread: Spread | None) -> str:
-        return number(spread, ',.0f' if spread and spread.high >= 100 else '.3g')
+        return number(spread, digits(spread))
 
     rows = [
         (group.label, *(cell(group.mean(values.get(name, ()))) for name in names))
@@ -185,7 +196,7 @@ def stage_table(group: Group) -> Table:
                 '-' if loss is None else f'{loss:.4f}',
                 f'{s["compile_seconds"]:.1f}' + (' (cached)' if s.get('cache_hit') else ''),
                 f'{s["stall_seconds"]:.2f}',
-                s.get('reason', ''),
+                str(s.get('reason') or ''),
             )
         )
     columns = (
@@ -197,11 +208,18 @@ def stage_table(group: Group) -> Table:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What could not be read, and which runs are not finished."""
+    """What could not be read, which runs are not finished, and what happened to the others."""
     found = []
     for run in (run for group in groups for run in group.runs):
         if run.summary is None:
             found.append(f'{run.directory}: not finished, at epoch {run.epoch:.4g}')
+        found += [
+            f'{run.directory}: epoch {session["epoch"]:.4g}: {reason}'
+            for session in run.of_kind('session')
+            if any(what in (reason := str(session.get('reason'))) for what in CHANGED)
+        ]
+        if out_of_the_ordinary := comparison.out_of_the_ordinary(run.summary or {}):
+            found.append(f'{run.directory}: {out_of_the_ordinary}')
         shown, more = run.skipped[:5], len(run.skipped) - 5
         found += [f'{run.directory}: left out: {line}' for line in shown]
         if more > 0:
@@ -310,7 +328,10 @@ def stepped(group: Group, y: str) -> figures.Line | None:
     """What a stage has, of the first run of a group: the batch size, or the learning rate of updates."""
     run = group.runs[0]
     if y == 'learning_rate':
-        points = run.curve('train', 'epoch', y)
+        # Of the last update before a position, and of the first after it.
+        both = (np.stack(run.curve(kind, 'epoch', y), 1) for kind in ('train', 'stage'))
+        points = np.concatenate(list(both))
+        points = points[np.argsort(points[:, 0], kind='stable')].T
     else:
         rows = comparison.stage_rows(run.records)
         points = [s['epoch'] for s in rows], [s[y] for s in rows]
@@ -347,7 +368,7 @@ def run(values: flags.FlagValues) -> int:
         pages.write(written, values.format, out)
     for line in written.notes:
         print(line)
-    print(f'{out}: {len(values.runs)} runs')
+    print(f'{out}: {written.num_runs} runs')
     return 0
 
 

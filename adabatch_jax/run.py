@@ -79,11 +79,7 @@ class Run:
 
     def is_due(self, every_epochs: float) -> bool:
         """Whether the latest update has passed a multiple of an interval."""
-        return self._passes(every_epochs, self.previous, self.examples_seen)
-
-    def _passes(self, every_epochs: float, before: int, after: int) -> bool:
-        interval = max(1, self.clock.examples(every_epochs))
-        return after // interval > before // interval
+        return self.clock.passes(every_epochs, self.previous, self.examples_seen)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -176,8 +172,8 @@ class Run:
                 update.start >= self.clock.total_examples
                 or policy.decide(self.host.policy, update.start) != self.decision
                 or self.experiment.divides(before, update)
-                or self._passes(config.eval_every_epochs, seen, before.end)
-                or self._passes(config.checkpoint_every_epochs, seen, before.end)
+                or self.clock.passes(config.eval_every_epochs, seen, before.end)
+                or self.clock.passes(config.checkpoint_every_epochs, seen, before.end)
             ):
                 return updates[:1]
             seen = before.end

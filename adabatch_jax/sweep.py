@@ -114,7 +114,8 @@ def run(
     with user_errors('workdir'):
         pages.write(page, 'html', directory / 'report.html')
     if not quiet:
-        terminal.say('\n'.join([*page.notes, f'{directory / "report.html"}: {len(runs)} runs compared']))
+        compared = f'{directory / "report.html"}: {page.num_runs} runs compared'
+        terminal.say('\n'.join([*page.notes, compared]))
     return worst
 
 

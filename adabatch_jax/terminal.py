@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import rich.box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adabatch_jax.scaling import WORTH, Model
 from adabatch_jax.schedules import Plan, Stage
@@ -43,10 +45,21 @@ if not console.is_terminal:
 def _print(what: Any) -> None:
     """Prints, in the first of several processes."""
     if jax.process_index() == 0:
+        is_table = isinstance(what, Table)
         try:
-            console.print(what)
+            # A log file has no width, and a table whose digits are cut off is of no use.
+            is_as_wide_as_it_is = is_table or not console.is_terminal
+            console.print(_whole(what) if is_table else what, soft_wrap=is_as_wide_as_it_is)
         except OSError as error:
             console.give_up(error)
+
+
+def _whole(table: Table) -> Text:
+    """A table as wide as it is."""
+    file = io.StringIO()
+    wide = Console(file=file, width=10_000, force_terminal=console.is_terminal, highlight=False)
+    wide.print(table)
+    return Text.from_ansi(file.getvalue().removesuffix('\n'))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -111,12 +124,13 @@ def complain(message: str) -> None:
             _forget(sys.stderr)
 
 
-def print_stages(stages: list[dict[str, Any]], end: dict[str, Any]) -> None:
+def print_stages(stages: list[dict[str, Any]], end: dict[str, Any], unusual: str = '') -> None:
     """Prints what each stage of a finished run took, and its end.
 
     Args:
       stages: see ``comparison.stage_rows``.
       end: the ``summary`` record.
+      unusual: what else there is to say of it.
     """
     table = _table(
         'Stages', 'stage', 'epochs', 'batch', 'updates', 'rate', 'images/s', 'loss', 'compile', 'stall',
@@ -139,7 +153,7 @@ def print_stages(stages: list[dict[str, Any]], end: dict[str, Any]) -> None:
         f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
         f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
         f'{end["best_accuracy"]:.2%}; compiled by this process: {end["cache_misses"]}, from the '
-        f'persistent cache: {end["cache_hits"]}'
+        f'persistent cache: {end["cache_hits"]}' + (f'; {unusual}' if unusual else '')
     )
 
 

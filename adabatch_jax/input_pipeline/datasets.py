@@ -94,7 +94,7 @@ def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarr
             images, labels = arrays['images'], arrays['labels']
     except Exception as error:  # a damaged zip raises many kinds
         raise ValueError(f'data set npz: cannot read {path}: {error}') from error
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise ValueError(
             f'data set npz: {path}: images has dtype {images.dtype} and shape {images.shape}; '
             'accepted: uint8 [n, height, width, channels]'
@@ -217,7 +217,12 @@ def _tfds_source(dataset, seed: int) -> Source:
 
     def read(split):
         tf = tensorflow()
-        import tensorflow_datasets as tfds
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise ValueError(
+                f'data set {name}: needs tensorflow-datasets, which cannot be imported: {error}'
+            ) from error
 
         def prepare():
             builder = tfds.builder(name, data_dir=data_dir)
@@ -333,10 +338,16 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     chosen = split_range(split, source.sizes)
     images, labels = source.read(split_name(split))
     expected = (source.sizes[split_name(split)], *source.image_shape)
-    if images.shape != expected or labels.max() >= source.num_classes:
+    if (images.dtype, labels.dtype.kind) not in ((np.uint8, 'i'), (np.uint8, 'u')):
         raise ValueError(
-            f'data set {dataset.name}, split {split}: got images {images.shape} and labels up to '
-            f'{labels.max()}; expected {expected} and labels below {source.num_classes}'
+            f'data set {dataset.name}, split {split}: got images of {images.dtype} and labels of '
+            f'{labels.dtype}; expected uint8 and whole numbers'
+        )
+    if images.shape != expected or not 0 <= labels.min() <= labels.max() < source.num_classes:
+        raise ValueError(
+            f'data set {dataset.name}, split {split}: got images {images.shape} and labels '
+            f'{labels.min()} to {labels.max()}; expected {expected} and labels from 0 on, below '
+            f'{source.num_classes}'
         )
     part = slice(chosen.start, chosen.stop)
     return images[part], labels[part]

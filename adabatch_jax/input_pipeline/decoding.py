@@ -110,6 +110,8 @@ class EncodedPipeline:
         self, split: EncodedSplit, parts: Callable[[int], Iterator[Part]], window: Callable
     ) -> Iterator[Batch]:
         """The batches of ``parts(0)``; where one fails, again from there without what failed."""
+        # Another stream may find that an image is damaged which this one has read ahead.
+        known = set(self._suspects)
         stream = self._stream(split, parts(0), window)
         for done, part in enumerate(parts(0)):
             while True:
@@ -117,7 +119,8 @@ class EncodedPipeline:
                     batch = next(stream)
                     break
                 except _UNDECODABLE as error:
-                    self._suspect(split, part, window, error)
+                    self._suspect(split, part, window, error, known)
+                    known = set(self._suspects)
                     stream = self._stream(split, parts(done), window)
             labels, used = batch['label'], batch['mask'] > 0
             wrong = used & ((labels < 0) | (labels >= self._num_classes))
@@ -198,12 +201,20 @@ class EncodedPipeline:
             return _plain(getattr(error, 'message', str(error)))
         return ''
 
-    def _suspect(self, split: EncodedSplit, part: Part, window: Callable, error: Exception) -> None:
+    def _suspect(
+        self,
+        split: EncodedSplit,
+        part: Part,
+        window: Callable,
+        error: Exception,
+        known: set[tuple[int, int]],
+    ) -> None:
         """Notes which images of a part that failed cannot be decoded, or raises for the first of them.
 
         An image that is cut off may be whole inside one epoch's crop and not in another's. From here on
         each of these is tried by itself before it joins a batch, so that it is left out of the epochs
-        in which it fails and of no others: this too depends on the position alone.
+        in which it fails and of no others: this too depends on the position alone. The stream knew of
+        those in ``known`` when it began.
         """
         examples, epochs = (array[part[0] >= 0] for array in part)
         words, examples = self._draws(examples, epochs), examples.tolist()
@@ -211,7 +222,7 @@ class EncodedPipeline:
         found = {
             example: reason
             for example, reason in zip(examples, reasons, strict=True)
-            if reason and (id(split), example) not in self._suspects
+            if reason and (id(split), example) not in known
         }
         if not found:
             raise error
@@ -221,8 +232,9 @@ class EncodedPipeline:
                 raise DataError(
                     f'{message}; repair or remove it, or set dataset.skip_undecodable=True'
                 ) from error
-            print(f'{message}; left out', flush=True)
-            self._suspects.add((id(split), example))
+            if (id(split), example) not in self._suspects:
+                print(f'{message}; left out', flush=True)
+                self._suspects.add((id(split), example))
 
     # --------------------------------------------------------------- one example, in TensorFlow
 

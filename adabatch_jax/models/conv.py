@@ -106,6 +106,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        if x.ndim != (5 if in_groups() else 4):
+            raise ValueError(f'got images {x.shape}; a model takes them through `enter` first')
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         convolve = _convolve_groups if in_groups() else _convolve

@@ -110,7 +110,8 @@ def norm_layer(batch_norm: str, dtype: Any, train: bool) -> Callable[..., nn.Mod
 
     ``local`` takes them over one device's microbatch, ``sync`` over the microbatches that all
     devices run at once, ``ghost:N`` over groups of N examples of a microbatch. Running statistics move
-    by 0.1 an update, as PyTorch's do. ``frozen``, for code and not for configs, takes them in training
+    by 0.1 an update, as PyTorch's do; the variance is that of the values at hand, as in Flax, of which
+    PyTorch takes n / (n - 1) times. ``frozen``, for code and not for configs, takes them in training
     too, and leaves them as they are.
     """
     if batch_norm == 'frozen':
@@ -178,4 +179,5 @@ class Classifier(nn.Module):
             kernel_init=self.init or default,
             bias_init=self.bias_init or default,
             dtype=jnp.float32,
+            precision='highest',  # or an accelerator would round to less
         )(x.astype(jnp.float32))

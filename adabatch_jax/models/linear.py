@@ -19,5 +19,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         x = images.reshape(len(images), -1).astype(self.dtype)
-        z = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros_init(), dtype=self.dtype)(x)
+        z = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.zeros_init(),
+            dtype=self.dtype,
+            precision='highest',  # or an accelerator would round to less than float32
+        )(x)
         return z.astype(jnp.float32)

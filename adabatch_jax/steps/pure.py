@@ -267,7 +267,8 @@ def apply_gradients(
         opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
         updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    finite = _all_finite((sums['loss'], grads, params, batch_stats))
+    # Moments of Adam may overflow where the weights do not: they would never move again.
+    finite = _all_finite((sums['loss'], grads, params, batch_stats, opt_state))
     new = {
         'params': params,
         'batch_stats': batch_stats,
@@ -360,7 +361,7 @@ def _statistics(spec: StepSpec, grads: Any, groups: Any, squared_norms: Any) -> 
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    arrays = jax.tree.leaves(tree)
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     if jax.default_backend() == 'cpu':  # or these checks would take a tenth of a model's compilation
         arrays = [jnp.concatenate([jnp.ravel(x) for x in arrays])]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]))
