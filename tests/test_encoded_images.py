@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -357,6 +358,22 @@ def test_images_that_cannot_be_decoded_are_left_out_where_that_is_asked_for(fold
     assert sum(b['mask'].sum() for b in pipeline.eval_batches(4)) == 5
     said = capsys.readouterr().out
     assert said.count('left out') == 3 and 'eel/0.JPEG' in said  # each is named once
+
+
+def test_an_image_that_another_stream_found_damaged_is_left_out_of_one_that_has_read_ahead(folder):
+    """As the next stage's first batches are made while the present one still trains."""
+    clean = take(make_pipeline(folder), 0, 3, 5)
+    for name in ('dog/3.JPEG', 'eel/0.JPEG'):
+        (folder / 'train' / name).write_bytes(b'no image')
+    pipeline = make_pipeline(folder, **{'dataset.skip_undecodable': True})
+    present, ahead = (pipeline.train_batches(0, size) for size in (3, 15))
+    batches = [next(present)]
+    time.sleep(1)  # until it has read all that there is
+    next(ahead)
+    batches += [next(present) for _ in range(4)]
+    assert sum((batch['label'] < 0).sum() for batch in batches) == 2
+    for a, b in zip(clean, batches, strict=True):
+        np.testing.assert_array_equal(a['example'], b['example'])
 
 
 def test_an_image_that_is_cut_off_is_left_out_wherever_a_run_begins(folder):

@@ -298,3 +298,18 @@ def test_a_checkpoint_of_two_devices_continues_and_is_evaluated_on_one(
     assert f'accuracy {accuracy:.2%} of 64 examples' in result.stdout
     config = json.loads((workdir / 'config.json').read_text())
     assert config['batch']['base_size'] == 8
+
+
+def test_a_checkpoint_is_evaluated_on_devices_that_the_training_batch_does_not_divide_over(
+    command_line, tiny_file, tmp_path
+):
+    flags = f'--config={tiny_file}', f'--workdir={tmp_path / "run"}', '--config.num_epochs=1.0'
+    assert command_line(*flags, devices=1).returncode == 0
+    done = command_line(*flags, '--mode=eval', devices=3)
+    assert done.returncode == 0 and 'accuracy' in done.stdout, done.stderr
+
+
+def test_svrg_with_batch_norm_has_a_plan(capsys):
+    flags = '--mode=plan', '--config.optimizer.name=svrg'
+    assert command.main(['main', '--config=configs/quickstart.py', *flags]) == 0
+    assert 'SVRG' in capsys.readouterr().out

@@ -1,12 +1,17 @@
-"""Architectures: parameter counts, output shapes, initialisation."""
+"""Architectures: parameter counts, output shapes, initialisation, and what a model has to be."""
+
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train import tiny
 
-from adabatch_jax import models, optimizers, train_state
+from adabatch_jax import models, optimizers, train, train_state
+from adabatch_jax.config import ConfigError
 from adabatch_jax.models import conv
 
 COUNTS = {  # name: (classes, image size, parameters)
@@ -137,3 +142,42 @@ def test_the_same_seed_gives_the_same_state_and_another_one_another():
         return train_state.params_digest(train_state.create(model, optimizer, (8, 8, 1), seed))
 
     assert digest(0) == digest(0) != digest(1)
+
+
+class Wrong(nn.Module):
+    """What a model of a user may get wrong."""
+
+    num_classes: int
+    how: str
+    batch_norm: str = 'local'
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = images.reshape(len(images), -1)
+        if self.how == 'fails in training' and train:
+            raise RuntimeError('no such luck')
+        if self.how == 'draws' and train:
+            self.make_rng('noise')
+        if self.how == 'keeps':
+            self.variable('cache', 'x', jnp.zeros, ()).value = x.sum()
+        dtype = jnp.bfloat16 if self.how == 'in bfloat16' else jnp.float32
+        z = nn.Dense(3 if self.how == 'three classes' else self.num_classes, param_dtype=dtype)(x)
+        return (z, x) if self.how == 'two results' else z
+
+
+@pytest.mark.parametrize(
+    'how, message',
+    [
+        ('fails in training', 'cannot take images of .*: RuntimeError: no such luck'),
+        ('draws', 'cannot take images of .*noise'),
+        ('keeps', 'cannot take images of .*cache'),
+        ('in bfloat16', 'has variables of bfloat16; accepted: float32'),
+        ('three classes', r'gives \(2, 3\) for 2 images; accepted: logits \(2, 10\)'),
+        ('two results', r'gives tuple for 2 images; accepted: logits'),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_by_the_plan(how, message, monkeypatch):
+    monkeypatch.setitem(models.MODELS, 'wrong', functools.partial(Wrong, how=how))
+    with pytest.raises(ConfigError, match=f'config.model: Wrong {message}'):
+        train.plan(tiny(**{'model.name': 'wrong'}))

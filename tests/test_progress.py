@@ -1,9 +1,10 @@
 """Remaining time, where a later stage is faster, and what is shown without a terminal."""
 
 import pytest
+from rich.console import Console
 from test_train import tiny
 
-from adabatch_jax import main, progress, schedules, train
+from adabatch_jax import main, progress, schedules, terminal, train
 
 
 def plan():
@@ -52,3 +53,21 @@ def test_without_a_terminal_stages_and_evaluations_are_plain_lines(tmp_path, cap
     assert sum('batch size' in line for line in lines) == 2
     assert sum('accuracy' in line for line in lines) == 2
     assert not any('\x1b' in line or '━' in line for line in lines)
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_no_digit_of_a_table_is_cut_off_however_narrow_the_terminal_is(is_terminal, capsys, monkeypatch):
+    narrow = Console(width=20, force_terminal=is_terminal, highlight=False)
+    monkeypatch.setattr(terminal, 'console', narrow)
+    terminal.print_plan(plan(), lambda stage: 0)
+    shown = capsys.readouterr().out
+    assert '1 x 1 x 100' in shown and '0.1' in shown and '…' not in shown
+
+
+def test_an_output_that_cannot_hold_a_character_is_worth_no_run(command_line, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    folder = tmp_path / 'läuft'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"seed": 1}')
+    done = command_line(folder, f'--out={folder / "page.html"}', module='adabatch_jax.report')
+    assert done.returncode == 0 and 'l?uft' in done.stdout, done.stderr

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from adabatch_jax import comparison, report
+from adabatch_jax import comparison, figures, report
 
 N = 100  # examples of an epoch
 
@@ -223,6 +223,47 @@ def test_a_page_is_whole_and_needs_nothing_else(runs, tmp_path):
     assert parser.tags.count('svg') == 12 and parser.tags.count('table') == 3
     text = re.sub(r'<svg.*?</svg>', '', out.read_text(), flags=re.DOTALL)
     assert '91.00 (90.00 to 92.00)' in text and '1.67' in text and '+0.00' in text
+
+
+def test_what_happened_to_a_run_is_among_the_notes(tmp_path, capsys):
+    folder = write_run(tmp_path / 'run')
+    file = folder / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[-1] |= {'skipped': 7, 'fall_backs': 1}
+    reason = 'continues; schedule changed: num_epochs (1 before, 2 now)'
+    end = {key: records[-1][key] for key in ('step', 'epoch', 'examples_seen', 'time')}
+    records.insert(-1, records[0] | end | {'reason': reason})
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    assert report.main(['report', str(folder), f'--out={tmp_path / "page.html"}']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f'{folder}: epoch 2: {reason}' in lines
+    assert f'{folder}: updates skipped: 7, fallen back: 1' in lines
+    assert not any('begins' in line for line in lines)
+
+
+def test_every_group_has_its_label_and_a_legend_its_room():
+    names = ['_hidden', '$5_to_$10', *(f'{k}: ' + 'a label of many words, ' * 8 for k in range(12))]
+    drawn = [figures.Line(name, [1, 2], [k + 1.0, k + 2.0]) for k, name in enumerate(names)]
+    figure = figures.lines(drawn, 'x', 'y', log_y=True)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(texts) == 14 and texts[0].strip() == '_hidden' and texts[1] == r'\$5_to_\$10'
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 60
+    figures.svg(figure)  # lays it out
+    assert figure.axes[0].get_window_extent().height > figure.dpi
+
+
+@pytest.mark.parametrize(
+    'low, high', [(0.103, 2.85), (1.86, 88.3), (0.0023, 0.058), (2.0, 5.0), (1, 1e5)]
+)
+def test_a_logarithmic_axis_has_two_numbers_at_least(low, high):
+    figure = figures.lines([figures.Line('a', [1, 2], [low, high])], 'x', 'y', log_y=True)
+    figures.svg(figure)
+    axis = figure.axes[0].yaxis
+    bottom, top = figure.axes[0].get_ylim()
+    ticks = [
+        (t.get_loc(), t.label1.get_text()) for t in [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    ]
+    assert len([text for at, text in ticks if text and bottom <= at <= top]) >= 2
 
 
 def test_markdown_and_pictures(runs, tmp_path):

@@ -255,3 +255,17 @@ def test_rates_worked_out_ahead_are_those_of_each_update():
         for _, update in zip(range(count), clock.updates(position, size), strict=False):
             assert rates(update) == float(rate.effective_at(clock.epoch(update.start)))
             position = update.end
+
+
+@pytest.mark.parametrize(
+    'every, size, count', [(0.5, 1437, 200), (1 / 3, 50_000, 300), (0.1, 1437, 1000)]
+)
+def test_an_interval_is_due_as_often_as_it_fits_and_at_the_ends_of_epochs(every, size, count):
+    clock = Clock(size, 100.0, 'drop')
+    updates = itertools.takewhile(lambda u: u.start < clock.total_examples, clock.updates(0, 16))
+    ends = [update.end for update in updates]
+    due = [
+        after for before, after in itertools.pairwise([0, *ends]) if clock.passes(every, before, after)
+    ]
+    assert len(due) == count
+    assert {k * size for k in range(1, 101)} <= set(due)

@@ -305,6 +305,17 @@ def test_one_value_that_is_not_finite_is_seen_in_whichever_array(value):
         assert not all_finite([*arrays[:k], changed, *arrays[k + 1 :]])
 
 
+@pytest.mark.parametrize('name', ['adam', 'adamw', 'lamb', 'adagrad'])
+def test_moments_that_overflow_count_as_not_finite_though_the_weights_are(name):
+    spec = dataclasses.replace(make_spec(), optimizer=optimizers.create(name), skip_non_finite=True)
+    spec = dataclasses.replace(spec, normalize=steps.Normalize(NORMALIZE.mean, (1e-20,) * 3))
+    before = make_state(spec)
+    zeros = jax.tree.map(jnp.zeros_like, before.params)  # equal logits, and gradients of about 1e20
+    after, sums = run_step(spec, before.replace(params=zeros), make_batch())
+    assert np.isfinite(sums['loss']) and sums['non_finite'] == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.opt_state))
+
+
 def test_on_the_cpu_values_are_looked_at_once_however_many_arrays_there_are():
     arrays = [np.zeros(k) for k in range(1, 9)]
     program = jax.jit(pure._all_finite).lower(arrays).compile().as_text()
