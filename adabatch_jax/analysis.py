@@ -140,14 +140,18 @@ def analyze(
     workdir: str | os.PathLike,
     which: str = 'all',
     report: Callable[[str], Any] = warnings.warn,
+    progress: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Analyzes checkpoints of a work directory, and writes ``analysis.jsonl`` there.
+
+    What an earlier analysis found is replaced when the first checkpoint is done.
 
     Args:
       config: the resolved config of the run; ``config.analysis`` says what to measure.
       workdir: the run's work directory.
       which: ``'all'``, ``'latest'`` or ``'best'``.
       report: takes a line about each damaged one of all, which is left out.
+      progress: takes a line before each checkpoint.
 
     Returns:
       The records, from the oldest checkpoint to the latest.
@@ -167,8 +171,15 @@ def analyze(
         images, labels = fixed_examples(experiment, config.analysis.num_examples)
     target, options = experiment.initial_state(), config.analysis
     loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
-    records = []
+    records, file = [], workdir / FILE
+
+    def write(text):
+        with user_errors('workdir'):
+            write_whole(file, text)
+
+    write(file.read_text(encoding='utf-8') if file.exists() else '')  # fails now, not after an hour
     for step, state, host in _sound(folder, steps, target, report):
+        progress(f'checkpoint {steps.index(step) + 1} of {len(steps)}: update {step:,}')
         began = time.perf_counter()
         records.append(
             {
@@ -182,14 +193,17 @@ def analyze(
                 'seconds': time.perf_counter() - began,
             }
         )
+        write(_lines(records))
     if config.model.name == 'linear' and not experiment.info.is_encoded:
         optimum = minimum(experiment, *fixed_examples(experiment, experiment.info.num_train))
         if optimum is not None:
             records = [record | {'optimum': optimum} for record in records]
-    with user_errors('workdir'):
-        lines = (json.dumps(metrics.finite(record)) for record in records)
-        write_whole(workdir / FILE, ''.join(f'{line}\n' for line in lines))
+            write(_lines(records))
     return records
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return ''.join(f'{json.dumps(metrics.finite(record))}\n' for record in records)
 
 
 def fixed_examples(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:

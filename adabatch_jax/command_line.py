@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -50,10 +51,15 @@ def parse(
         if isinstance(error, flags.Error) and 'Traceback' not in str(error):
             raise ConfigError(' '.join(lines)) from error
         if unknown := re.search(r'[Kk]ey "?(\w+)"? does not exist', lines[-1]):
-            leaves = {key.rpartition('.')[2]: key for key in flatten(default_config())}
-            accepted = ', '.join(leaves[name] for name in _closest(unknown[1], leaves))
+            named: dict[str, list[str]] = {}
+            for key in flatten(default_config()):
+                named.setdefault(key.rpartition('.')[2], []).append(key)
+            accepted = ', '.join(key for name in _closest(unknown[1], named) for key in named[name])
             raise ConfigError(f'--config: unknown key {unknown[1]}; accepted: {accepted}') from error
-        raise ConfigError(f'--config: {lines[-1]}') from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f'--config: {type(error).__name__}: {lines[-1]} ({where.filename}, line {where.lineno})'
+        ) from error
     if rest_is:
         values[rest_is].value = [*values[rest_is].value, *rest]
     elif rest:
@@ -107,10 +113,10 @@ def run(
       interrupted: what to say after an interrupt from the keyboard.
       rest_is: as for ``parse``.
     """
-    with contextlib.suppress(
-        AttributeError
-    ):  # of what stands in for it; a run is worth more than a sign
-        sys.stdout.reconfigure(errors='replace')
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see malloc.restart
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(AttributeError):  # of what may stand in for standard output
+        sys.stdout.reconfigure(errors='replace')  # a run is worth more than a character
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold('warning')
     if '--help' in argv or '-h' in argv:

@@ -69,17 +69,13 @@ class Run:
         """How far it has come."""
         return max((record.get('epoch') or 0.0 for record in self.records), default=0.0)
 
-    def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-        """Two fields of the records of a kind, where both are numbers.
+    def curve(self, kind: str, *names: str) -> tuple[np.ndarray, ...]:
+        """Fields of the records of a kind, where all of them are numbers.
 
         ``error`` is 1 - accuracy, ``noise_scale`` the quotient of ``gradient_variance`` and
         ``squared_gradient`` where that is positive, and ``suboptimality`` the objective less its least
         value, where that is known; ``RESOLUTION`` at least.
         """
-        return self.fields(kind, x, y)
-
-    def fields(self, kind: str, *names: str) -> tuple[np.ndarray, ...]:
-        """Fields of the records of a kind, where all of them are numbers; see ``curve``."""
         rows = [[self._field(record, name) for name in names] for record in self.of_kind(kind)]
         rows = [row for row in rows if None not in row]
         return tuple(np.array(rows, float).reshape(-1, len(names)).T)
@@ -169,7 +165,7 @@ class Group:
         They are compared where they have seen as many examples, since no two take as long; between the
         points of a run it is taken for linear.
         """
-        curves = [run.fields(kind, 'examples_seen', x, y) for run in self.runs]
+        curves = [run.curve(kind, 'examples_seen', x, y) for run in self.runs]
         curves = [curve for curve in curves if len(curve[0])]
         if not curves:
             return (np.array([]),) * 4

@@ -288,6 +288,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     Raises:
       ConfigError: naming the key, the value received and what is accepted.
     """
+    if not isinstance(config, ml_collections.ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f'config: got a {kind}; accepted: what config.default_config() makes')
     defaults, given = flatten(default_config()), flatten(config)
     if unknown := sorted(given.keys() - defaults.keys()):
         raise ConfigError(f'config.{unknown[0]}: unknown key; known: {", ".join(defaults)}')

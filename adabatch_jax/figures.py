@@ -144,8 +144,8 @@ def _legend(figure: Any, axes: Any) -> None:
     if labels:
         columns = 2 if max(map(len, labels)) < 32 else 1
         figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
-        lines_ = sum(label.count('\n') + 1 for label in labels) / columns
-        figure.set_figheight(_HEIGHT + _LEGEND_LINE * max(0, lines_ - _LEGEND_LINES))
+        count = sum(label.count('\n') + 1 for label in labels) / columns
+        figure.set_figheight(_HEIGHT + _LEGEND_LINE * max(0, count - _LEGEND_LINES))
 
 
 def _printed(label: str) -> str:

@@ -99,13 +99,12 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 
 def parse(argv: list[str]) -> flags.FlagValues:
     """The parsed command line; every mistake in it is a ``ConfigError``."""
-    values = command_line.parse(argv, define_flags)
-    values.workdir = values.workdir and os.path.expanduser(values.workdir)
-    return values
+    return command_line.parse(argv, define_flags)
 
 
 def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
+    values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
     if values.mode == 'plan':
         print_plan(values.config, values.devices, values.benchmark)
@@ -212,7 +211,8 @@ def config_of_run(config, directory: str, may_differ: tuple[str, ...] = ()):
 def analyze(config, directory: str, which: str) -> None:
     """Analyzes checkpoints of a run, and prints what was found."""
     config = resolve(config_of_run(config, directory))
-    terminal.print_analysis(analysis.analyze(config, directory, which, terminal.complain))
+    found = analysis.analyze(config, directory, which, terminal.complain, terminal.say)
+    terminal.print_analysis(found)
     terminal.say(f'written to {pathlib.Path(directory, analysis.FILE)}')
 
 
@@ -232,7 +232,7 @@ def sigterm() -> Iterator[threading.Event]:
 
 def main(argv: list[str]) -> int:
     """Runs the command with a command line, its name first; returns the exit status."""
-    interrupted = '; the same command continues from the last checkpoint'
+    interrupted = '; the same command goes on from the last checkpoint, where there is one'
     return command_line.run(argv, __doc__, define_flags, run, interrupted)
 
 

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -46,7 +47,12 @@ def restart() -> None:
 
     For the start of a command, before imports that take time. Beside an accelerator nothing is set:
     there threads that read images are better off with arenas of their own.
+
+    An interrupt ends the process at once until ``command_line.run`` takes over: raised in the middle
+    of an import it may get lost, or end in a traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform != 'linux' or any(pathlib.Path('/dev', name).exists() for name in _ACCELERATORS):
         return
     wanted = tunables(os.environ.get('GLIBC_TUNABLES', ''))

@@ -328,10 +328,10 @@ def stepped(group: Group, y: str) -> figures.Line | None:
     """What a stage has, of the first run of a group: the batch size, or the learning rate of updates."""
     run = group.runs[0]
     if y == 'learning_rate':
-        # Of the last update before a position, and of the first after it.
-        both = (np.stack(run.curve(kind, 'epoch', y), 1) for kind in ('train', 'stage'))
-        points = np.concatenate(list(both))
-        points = points[np.argsort(points[:, 0], kind='stable')].T
+        # At a transition that of the last update before it, and that of the first after it.
+        both = [run.curve(kind, 'epoch', y) for kind in ('train', 'stage')]
+        points = np.concatenate(both, axis=1)
+        points = points[:, np.argsort(points[0], kind='stable')]
     else:
         rows = comparison.stage_rows(run.records)
         points = [s['epoch'] for s in rows], [s[y] for s in rows]

@@ -131,6 +131,10 @@ class Run:
 
         def batch_size_at(examples_seen: int) -> int:
             self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
+            if self.decision.batch_size not in policy.ladder:
+                raise ValueError(
+                    f'{policy}: decided {self.decision}; accepted: sizes of {policy.ladder}'
+                )
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 import rich.box
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,8 @@ def _forget(stream: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
+
+_MOST_RATES = 10_000  # of a stage, among which its highest is looked for
 
 console = _Console(highlight=False, markup=False)
 if not console.is_terminal:
@@ -71,8 +74,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _range(start: float, end: float) -> str:
-    return f'{start:.6g}' if start == end else f'{start:.6g} - {end:.6g}'
+def _rates(plan: Plan, stage: Stage) -> str:
+    """The first and the last learning rate of a stage, and between them the highest, if it is there."""
+    positions = np.linspace(stage.start, stage.end, min(stage.num_updates, _MOST_RATES), endpoint=False)
+    rates = plan.learning_rate(positions / plan.clock.num_examples, stage.batch_size)
+    first, highest, last = stage.learning_rate_start, float(np.max(rates)), stage.learning_rate_end
+    shown = [first, highest, last] if highest > 1.001 * max(first, last) else [first, last]
+    return ' - '.join(dict.fromkeys(f'{rate:.6g}' for rate in shown))
 
 
 def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = '') -> None:
@@ -93,7 +101,7 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
             f'{plan.num_devices} x {stage.num_microbatches} x {stage.microbatch_size}',
             f'{over:,}' if (over := normalised_over(stage)) else '-',
             f'{stage.num_updates:,}',
-            _range(stage.learning_rate_start, stage.learning_rate_end),
+            _rates(plan, stage),
         )
     _print(table)
     rate = plan.learning_rate

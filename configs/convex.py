@@ -6,7 +6,7 @@ so that the objective goes to its least value, which ``--mode=analyze`` finds. V
 ``digits_METHOD`` and ``generated_METHOD``, with METHOD one of
 
     sgd                  batches of 2
-    friedlander_schmidt  SGD whose sample grows by 1.1 B + 1 with every update, from 2; step sizes by the
+    friedlander_schmidt  SGD whose sample grows to 1.1 B + 1 with every update, from 2; step sizes by the
                          Armijo rule, from 1 on
     norm_test            SGD whose batch grows by the norm test (Byrd et al.), from 2; step sizes by the
                          rule of Barzilai and Borwein

@@ -234,8 +234,30 @@ def test_another_schedule_for_a_run_that_is_over_is_refused(tiny_file, tmp_path,
 
 def test_a_work_directory_may_be_in_the_home_folder(tiny_file, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    values = command.parse(['main', f'--config={tiny_file}', '--workdir=~/runs/a'])
-    assert values.workdir == str(tmp_path / 'runs/a')
+    assert call(f'--config={tiny_file}', '--workdir=~/runs/a', '--config.num_epochs=0.25') == 0
+    assert (tmp_path / 'runs/a/config.json').exists()
+
+
+def test_the_plan_shows_the_highest_rate_of_a_stage(tiny_file, capsys):
+    flags = '--mode=plan', '--config.learning_rate.schedule=cosine', '--config.batch.policy=fixed'
+    warm_up = '--config.learning_rate.effective=0.25', '--config.learning_rate.warmup_epochs=1.0'
+    assert call(f'--config={tiny_file}', *flags, *warm_up) == 0
+    assert '0 - 0.25 - ' in capsys.readouterr().out
+
+
+def test_a_mistake_inside_a_config_file_is_told_with_its_place(tmp_path, capsys):
+    file = tmp_path / 'broken.py'
+    file.write_text('def get_config():\n    return {}["epochs"]\n')
+    assert call(f'--config={file}', '--mode=plan') == 2
+    assert f"KeyError: 'epochs' ({file}, line 2)" in capsys.readouterr().err
+
+
+def test_a_key_that_several_sections_have_is_offered_for_all_of_them(tmp_path, capsys):
+    file = tmp_path / 'misspelt.py'
+    file.write_text(TINY.replace('config.dataset.name =', 'config.dataset.nme ='))
+    assert call(f'--config={file}', '--mode=plan') == 2
+    error = capsys.readouterr().err
+    assert all(key in error for key in ('model.name', 'dataset.name', 'optimizer.name'))
 
 
 @pytest.mark.parametrize('with_errors', [False, True])
