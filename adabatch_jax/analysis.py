@@ -135,6 +135,15 @@ def _sound(
         yield step, state, host
 
 
+def _chosen(folder: pathlib.Path, which: str) -> list[int]:
+    steps, best = checkpoint.steps(folder), checkpoint.best_step(folder)
+    if which != 'all':
+        steps = [step for step in (best if which == 'best' else max(steps, default=None),) if step]
+    if not steps:
+        raise ConfigError(f'workdir: no {"evaluated " * (which == "best")}checkpoint in {str(folder)!r}')
+    return steps
+
+
 def analyze(
     config,
     workdir: str | os.PathLike,
@@ -162,11 +171,7 @@ def analyze(
     compilation_cache.enable(config.compile.cache_dir)
     workdir, experiment = pathlib.Path(workdir), describe(config)
     folder = workdir / checkpoint.FOLDER
-    steps, best = checkpoint.steps(folder), checkpoint.best_step(folder)
-    if which != 'all':
-        steps = [step for step in (best if which == 'best' else max(steps, default=None),) if step]
-    if not steps:
-        raise ConfigError(f'workdir: no {"evaluated " * (which == "best")}checkpoint in {str(folder)!r}')
+    steps = _chosen(folder, which)
     with user_errors('config.dataset'):
         images, labels = fixed_examples(experiment, config.analysis.num_examples)
     target, options = experiment.initial_state(), config.analysis
@@ -177,7 +182,9 @@ def analyze(
         with user_errors('workdir'):
             write_whole(file, text)
 
-    write(file.read_text(encoding='utf-8') if file.exists() else '')  # fails now, not after an hour
+    write(
+        file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
+    )  # fails now, not after an hour
     for step, state, host in _sound(folder, steps, target, report):
         progress(f'checkpoint {steps.index(step) + 1} of {len(steps)}: update {step:,}')
         began = time.perf_counter()

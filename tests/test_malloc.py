@@ -2,12 +2,14 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-from adabatch_jax import malloc
+from adabatch_jax import command_line, malloc
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,17 @@ def test_settings_that_came_too_late_to_hold_do_no_harm():
         'print(len(malloc._holes))'
     )
     assert run_with('', program).split() == ['0']
+
+
+def test_an_interrupt_before_a_command_has_begun_ends_the_process_at_once(monkeypatch):
+    """Raised in the middle of an import it may get lost."""
+    monkeypatch.setattr(malloc, 'tunables', lambda given: None)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        malloc.restart()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        command_line.run(['command', '--help'], '', lambda argv: flags.FlagValues(), lambda values: 0)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
