@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 import signal
 import sys
@@ -56,15 +57,24 @@ def parse(
                 named.setdefault(key.rpartition('.')[2], []).append(key)
             accepted = ', '.join(key for name in _closest(unknown[1], named) for key in named[name])
             raise ConfigError(f'--config: unknown key {unknown[1]}; accepted: {accepted}') from error
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f'--config: {type(error).__name__}: {lines[-1]} ({where.filename}, line {where.lineno})'
-        ) from error
+        raise ConfigError(f'--config: {_placed(lines[-1].strip(), error, argv)}') from error
     if rest_is:
         values[rest_is].value = [*values[rest_is].value, *rest]
     elif rest:
         raise ConfigError(f'arguments: got {" ".join(rest)!r}; accepted: flags only, --name=value')
     return values
+
+
+def _placed(message: str, error: BaseException | None, argv: list[str]) -> str:
+    """A message with the line of the config file that an error arose in, where it arose there."""
+    given = [argument.partition('=')[2] for argument in argv if re.match('--?config=', argument)]
+    files = {os.path.realpath(name.partition('.py')[0] + '.py') for name in given}
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if os.path.realpath(frame.filename) in files:
+                return f'{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})'
+        error = error.__cause__ or error.__context__
+    return message
 
 
 def _closest(name: str, names: Iterable[str]) -> Iterable[str]:

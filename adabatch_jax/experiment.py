@@ -363,13 +363,14 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
       ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
     """
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    local = model.clone(batch_norm='local')  # of no groups, and without other devices
 
     def both(key, images):
+        local = model.clone(batch_norm='local')  # of no groups, and without other devices
         variables = local.init(key, images, train=False)
+        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
         rngs = {'dropout': key}
-        outputs, _ = local.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
-        return variables, outputs, local.apply(variables, images, train=False)
+        outputs, _ = local.apply(kept, images, train=True, mutable=['batch_stats'], rngs=rngs)
+        return kept, outputs, local.apply(kept, images, train=False)
 
     name = type(model).__name__
     try:

@@ -95,7 +95,7 @@ def _minor(low: float, high: float) -> Any:
     powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
     if powers >= 2:
         return ''
-    few = powers == 1 and high > 3 * low
+    few = powers == 1 and high > 4 * low  # a 2 or a 5 is among them
     return lambda y, _: f'{y:,g}' if not few or f'{y:e}'[0] in '25' else ''
 
 

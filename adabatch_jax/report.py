@@ -328,10 +328,12 @@ def stepped(group: Group, y: str) -> figures.Line | None:
     """What a stage has, of the first run of a group: the batch size, or the learning rate of updates."""
     run = group.runs[0]
     if y == 'learning_rate':
-        # At a transition that of the last update before it, and that of the first after it.
-        both = [run.curve(kind, 'epoch', y) for kind in ('train', 'stage')]
-        points = np.concatenate(both, axis=1)
+        # At a transition that of the last update before it, and the planned one of the first after it.
+        is_planned = run.config.get('learning_rate.rule', 'schedule') == 'schedule'
+        kinds = ('train', 'stage') if is_planned else ('train',)
+        points = np.concatenate([run.curve(kind, 'epoch', y) for kind in kinds], axis=1)
         points = points[:, np.argsort(points[0], kind='stable')]
+        points = points[:, points[1] > 0]  # the axis is logarithmic
     else:
         rows = comparison.stage_rows(run.records)
         points = [s['epoch'] for s in rows], [s[y] for s in rows]

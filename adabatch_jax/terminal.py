@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def _print(what: Any) -> None:
 def _whole(table: Table) -> Text:
     """A table as wide as it is."""
     file = io.StringIO()
-    wide = Console(file=file, width=10_000, force_terminal=console.is_terminal, highlight=False)
+    options = {'force_terminal': console.is_terminal, 'force_jupyter': False}
+    wide = Console(file=file, width=10_000, highlight=False, markup=False, **options)
     wide.print(table)
     return Text.from_ansi(file.getvalue().removesuffix('\n'))
 
@@ -80,7 +82,7 @@ def _rates(plan: Plan, stage: Stage) -> str:
     rates = plan.learning_rate(positions / plan.clock.num_examples, stage.batch_size)
     first, highest, last = stage.learning_rate_start, float(np.max(rates)), stage.learning_rate_end
     shown = [first, highest, last] if highest > 1.001 * max(first, last) else [first, last]
-    return ' - '.join(dict.fromkeys(f'{rate:.6g}' for rate in shown))
+    return ' - '.join(text for text, _ in itertools.groupby(f'{rate:.6g}' for rate in shown))
 
 
 def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = '') -> None:

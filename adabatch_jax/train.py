@@ -282,7 +282,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):
         known, epoch = host.policy if is_same else {}, experiment.clock.epoch(examples_seen)
         host.policy = policy.continued(known, epoch, host.batch_size)
-    if host.devices != devices:
+    if host.devices and host.devices != devices:  # of a version that did not say, nothing is known
         host.policy = policy.on_other_devices(host.policy)
     host.ladder, host.devices = list(policy.ladder), devices
     return host

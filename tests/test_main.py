@@ -250,6 +250,11 @@ def test_a_mistake_inside_a_config_file_is_told_with_its_place(tmp_path, capsys)
     file.write_text('def get_config():\n    return {}["epochs"]\n')
     assert call(f'--config={file}', '--mode=plan') == 2
     assert f"KeyError: 'epochs' ({file}, line 2)" in capsys.readouterr().err
+    file.write_text(TINY.replace('num_epochs = 2.0', "num_epochs = 'ten'"))
+    assert call(f'--config={file}', '--mode=plan') == 2
+    assert f'({file}, line 6)' in capsys.readouterr().err
+    assert call(f'--config={tmp_path / "missing.py"}', '--mode=plan') == 2
+    assert 'line' not in capsys.readouterr().err
 
 
 def test_a_key_that_several_sections_have_is_offered_for_all_of_them(tmp_path, capsys):

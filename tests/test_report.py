@@ -253,7 +253,7 @@ def test_every_group_has_its_label_and_a_legend_its_room():
 
 
 @pytest.mark.parametrize(
-    'low, high', [(0.103, 2.85), (1.86, 88.3), (0.0023, 0.058), (2.0, 5.0), (1, 1e5)]
+    'low, high', [(0.103, 2.85), (1.86, 88.3), (0.0023, 0.058), (2.0, 5.0), (5.8, 18.0), (1, 1e5)]
 )
 def test_a_logarithmic_axis_has_two_numbers_at_least(low, high):
     figure = figures.lines([figures.Line('a', [1, 2], [low, high])], 'x', 'y', log_y=True)

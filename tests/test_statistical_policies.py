@@ -399,10 +399,17 @@ def test_adascale_takes_the_square_root_of_its_gain_for_adam():
     assert sgd.decide(noisy, 0).gain == 8 and adam.decide(noisy, 0).gain == 8**0.5
 
 
-@pytest.mark.parametrize('name, coupling', [('adascale', 'linear'), ('seesaw', 'none')])
-def test_a_coupling_that_a_policy_has_no_use_for_is_refused(name, coupling):
-    with pytest.raises(ValueError, match=f"policy {name}: got coupling '{coupling}'; needs"):
-        make(name, **{'learning_rate.coupling': coupling, 'learning_rate.schedule': 'cosine'})
+def test_the_gain_of_adascale_takes_the_place_of_any_coupling():
+    config = default_config()
+    config.batch.policy = 'adascale'
+    for coupling in ('auto', 'linear'):
+        config.learning_rate.coupling = coupling
+        assert policies.coupling(config) == 'none'
+
+
+def test_seesaw_needs_a_coupling():
+    with pytest.raises(ValueError, match="policy seesaw: got coupling 'none'; needs linear or sqrt"):
+        make('seesaw', **{'learning_rate.coupling': 'none', 'learning_rate.schedule': 'cosine'})
 
 
 # -------------------------------------------------------------------------------- seesaw
@@ -448,7 +455,7 @@ def test_seesaw_without_a_fall_is_refused():
     [
         ('adabatch', 'sgd', 'linear'), ('adabatch', 'adamw', 'sqrt'), ('cabs', 'sgd', 'none'),
         ('big_batch', 'sgd', 'none'), ('norm_test', 'lamb', 'none'), ('simigrad', 'sgd', 'sqrt'),
-        ('noise_scale', 'adam', 'sqrt'), ('adascale', 'sgd', 'none'),
+        ('noise_scale', 'adam', 'sqrt'),
     ],
 )  # fmt: skip
 def test_each_policy_has_its_own_coupling_and_the_config_overrides_it(name, optimizer, expected):

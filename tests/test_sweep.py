@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from adabatch_jax import main, metrics, sweep
+from adabatch_jax import main, metrics, sweep, train
 from adabatch_jax.config import ConfigError, changes, flatten, to_json
 
 CONFIG = '--config=tests/small_run.py'
@@ -34,6 +34,12 @@ def test_all_have_the_coupling_of_the_adaptive_run():
     runs = sweep.configs(adaptive, ['fixed_small', 'adaptive', 'noise_scale'], [0])
     assert {run.learning_rate.coupling for run in runs.values()} == {'none'}
     assert runs['noise_scale-0'].batch.policy == 'noise_scale'
+
+
+def test_adascale_is_swept_with_policies_that_have_a_coupling():
+    runs = sweep.configs(config(), ['fixed_small', 'adaptive', 'adascale'], [0])
+    assert runs['fixed_small-0'].learning_rate.coupling == 'linear'
+    assert train.plan(runs['adascale-0']).learning_rate.coupling == 'none'
 
 
 def test_a_sweep_trains_each_run_compares_them_and_goes_on_where_it_was_stopped(command_line, tmp_path):

@@ -79,13 +79,14 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
 def coupling(config) -> str:
     """``config.learning_rate.coupling``, or where that is ``'auto'`` the policy's own.
 
-    ``'none'`` where step sizes are searched for.
+    ``'none'`` where step sizes are searched for, or where the policy has something in its place.
 
     A linear coupling becomes ``'sqrt'`` for optimizers of the Adam type (Malladi et al., "On the SDEs
     and Scaling Rules for Adaptive Gradient Algorithms", 2022), whose steps do not grow with the
     gradient.
     """
-    if config.learning_rate.rule != 'schedule':
+    replaces = getattr(_module(config), 'REPLACES_COUPLING', False)
+    if replaces or config.learning_rate.rule != 'schedule':
         return 'none'
     if config.learning_rate.coupling != 'auto':
         return config.learning_rate.coupling

@@ -28,6 +28,7 @@ from adabatch_jax.policies.base import (
 )
 
 COUPLING = 'none'
+REPLACES_COUPLING = True
 NEEDS_SCHEDULE = True
 
 
@@ -53,9 +54,10 @@ class AdaScale(PlannedPolicy):
         super().__init__(transitions)
         self.reference, self.decay, self.power = reference, decay, power
         most = 'batch size / reference batch size'
+        most = most if power == 1 else f'({most}) ** {power:g}'
         self.note = (
-            'The learning rate is multiplied by the gain that AdaScale measures: from 1 up to '
-            f'{most if power == 1 else f"({most}) ** {power:g}"}; shown: 1.'
+            'In place of a coupling the learning rate is multiplied by the gain that AdaScale measures: '
+            f'from 1 up to {most}; shown: 1.'
         )
 
     def initial_state(self) -> State:
@@ -78,16 +80,7 @@ class AdaScale(PlannedPolicy):
 
 
 def create(config, rate, clock) -> AdaScale:
-    """The stages of ``batch.stages`` where there are any, else ``batch.base_size``.
-
-    Raises:
-      ValueError: a coupling, whose place the gain takes.
-    """
-    if rate.coupling != 'none':
-        raise ValueError(
-            f'policy adascale: got coupling {rate.coupling!r}; needs auto or none, since the gain that '
-            'is measured takes its place'
-        )
+    """The stages of ``batch.stages`` where there are any, else ``batch.base_size``."""
     planned = (stages if config.batch.stages else fixed).create(config, rate, clock)
     options = config.batch.statistics
     reference = config.learning_rate.reference_batch_size

@@ -41,7 +41,7 @@ class CriticalBatch(StatisticalPolicy):
                 f'examples; needs two updates of the largest batch size at least, {2 * self.ladder[-1]} '
                 'examples; probe longer, or lower max_size'
             )
-        if self.probe_examples > clock.total_examples:
+        if self.probe_examples >= clock.total_examples:
             raise ValueError(
                 f'critical_batch.probe_epochs: got {self.own.probe_epochs:g}, and the run has '
                 f'{clock.num_epochs:g} epochs; accepted: fewer than that'
