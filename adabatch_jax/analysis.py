@@ -182,9 +182,8 @@ def analyze(
         with user_errors('workdir'):
             write_whole(file, text)
 
-    write(
-        file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
-    )  # fails now, not after an hour
+    # What is there, so that a folder that cannot be written to says so now, not after an hour.
+    write(file.read_text(encoding='utf-8', errors='replace') if file.exists() else '')
     for step, state, host in _sound(folder, steps, target, report):
         progress(f'checkpoint {steps.index(step) + 1} of {len(steps)}: update {step:,}')
         began = time.perf_counter()

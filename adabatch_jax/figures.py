@@ -165,7 +165,7 @@ def scaling(rows: list[dict[str, float]]) -> Any:
     }
     for number, (name, label) in enumerate(labels.items()):
         look = style(number) | ({'linestyle': '--'} if name == 'worthwhile' else {})
-        axes.plot(devices, [first / row[name] for row in rows], label=_printed(label), **look)
+        axes.plot(devices, [first / row[name] for row in rows], label=label, **look)
     axes.plot(devices, devices, color='0.6', linestyle=':', label='as many times as devices')
     axes.set(
         xlabel='devices',

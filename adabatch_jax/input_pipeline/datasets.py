@@ -338,7 +338,7 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     chosen = split_range(split, source.sizes)
     images, labels = source.read(split_name(split))
     expected = (source.sizes[split_name(split)], *source.image_shape)
-    if (images.dtype, labels.dtype.kind) not in ((np.uint8, 'i'), (np.uint8, 'u')):
+    if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
         raise ValueError(
             f'data set {dataset.name}, split {split}: got images of {images.dtype} and labels of '
             f'{labels.dtype}; expected uint8 and whole numbers'
