@@ -267,8 +267,7 @@ def apply_gradients(
         opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
         updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    # Moments of Adam may overflow where the weights do not: they would never move again.
-    finite = _all_finite((sums['loss'], grads, params, batch_stats, opt_state))
+    finite = _all_finite((sums['loss'], grads, params, batch_stats, _moments(opt_state)))
     new = {
         'params': params,
         'batch_stats': batch_stats,
@@ -358,6 +357,19 @@ def _statistics(spec: StepSpec, grads: Any, groups: Any, squared_norms: Any) -> 
         found, along = gradient_statistics.inner_products(means, grads, size, AXIS_NAME)
         return found._asdict() | {'variance_along': along}
     return {}
+
+
+def _moments(opt_state: Any) -> list[Any]:
+    """What of an optimizer's state may overflow where gradients and weights do not.
+
+    The squares of Adam and its kin, whose weights would never move again; a momentum buffer does not,
+    since the weights move by it.
+    """
+
+    def is_buffer(x):
+        return isinstance(x, optax.TraceState)
+
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_buffer) if not is_buffer(x)]
 
 
 def _all_finite(tree: Any) -> jax.Array:
