@@ -191,6 +191,7 @@ class Experiment:
             steps.Normalize(self.info.mean, self.info.std),
             self.info.image_shape,
             loss=self.config.model.loss,
+            quick=self.config.compile.quick,
             **of_batch_size,
         )
 

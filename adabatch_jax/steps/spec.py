@@ -61,6 +61,7 @@ class StepSpec:
       loss: one of ``losses.LOSSES``.
       reduction: what takes noise out of the gradients; it needs ``load``, to know the examples.
       snapshot: a step that adds to a snapshot of ``reduction``, rather than a train step.
+      quick: compiled in less time, for a step that may be slower; on a CPU.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class StepSpec:
     loss: str = 'cross_entropy'
     reduction: Svrg | Saga | None = None
     snapshot: bool = False
+    quick: bool = False
 
     @property
     def num_groups(self) -> int:
