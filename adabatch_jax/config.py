@@ -189,6 +189,7 @@ RUNTIME_KEYS = (
     'compile.precompile',
     'compile.updates_per_dispatch',
     'compile.cache_dir',
+    'compile.quick',
     'dataset.pipeline',
     'dataset.eval_batch_size',
     'dataset.skip_undecodable',  # up to an image that cannot be read it makes no difference

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,7 @@ def test_only_what_shapes_a_step_makes_a_new_one():
         make_spec(momentum=0.9),  # an equal spec
         dataclasses.replace(base, batch_size=32),
         dataclasses.replace(base, num_microbatches=2),
+        dataclasses.replace(base, quick=True),
         make_spec(momentum=0.8),
         make_spec(models.get_model('resnet8', 3)),
         make_spec(models.get_model('resnet8', 3, dtype=jnp.bfloat16)),
@@ -275,6 +277,46 @@ def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
     assert not first.cache_hit
     if not second.cache_hit:
         pytest.skip('this CPU rejects reloaded executables')
+
+
+def test_a_step_that_is_compiled_quickly_makes_the_same_update_up_to_rounding(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '')
+    spec = make_spec(models.get_model('resnet8', 3), momentum=0.9)
+    states = []
+    for quick in (False, True):
+        spec = dataclasses.replace(spec, quick=quick)
+        step = steps.compile_step(spec)
+        state, _ = step(make_state(spec), distributed.put(make_batch()), np.float32(0.01), np.uint32(0))
+        states.append(state.params)
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_xla_are_those_for_quick_steps_that_it_knows_and_that_are_not_set(monkeypatch):
+    asked = []
+    lowered = jax.stages.Lowered
+    compile_ = lowered.compile
+    monkeypatch.setattr(
+        lowered,
+        'compile',
+        lambda self, compiler_options: [
+            asked.append(compiler_options),
+            compile_(self, compiler_options),
+        ][1],
+    )
+    options = {
+        'xla_backend_optimization_level': 0,
+        'xla_of_another_version': 1,
+        'xla_llvm_disable_expensive_passes': True,
+    }
+    monkeypatch.setattr(steps.compiled, '_QUICK', options)
+    monkeypatch.setenv('XLA_FLAGS', '--xla_llvm_disable_expensive_passes=false')
+    step = steps.compile_step(dataclasses.replace(make_spec(), quick=True))
+    assert callable(step.executable)
+    known = {'xla_backend_optimization_level': 0}
+    assert asked == [known | {'xla_of_another_version': 1}, known]
+    asked.clear()
+    steps.compile_step(make_spec())
+    assert asked == [{}]
 
 
 def test_memory_of_a_step_grows_with_its_batch():

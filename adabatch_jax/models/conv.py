@@ -24,7 +24,7 @@ is written as something that it does:
     1x1 kernels       a matrix product, its kernel gradient as any other
     kernels larger than the output: a matrix product, the kernel as a matrix from all pixels of an image
                       to all of its output; where few images are not worth making that, or it would be
-                      large, a sum of products, one for each position in the kernel
+                      large, one with all that the kernel sees at each place, side by side
 
 The same mathematics, summed in another order. On other backends this is ``nn.Conv``'s own operation.
 """
@@ -132,7 +132,7 @@ def _convolve_groups(x, kernel, strides, padding):
     if overhangs and x.shape[-1] >= 16:
         many = x.shape[0] * x.shape[3] >= _FEWEST_FOR_MATRIX
         copies = np.prod(x.shape[1:3]) * np.prod(outputs) / np.prod(kernel.shape[:2])
-        product = _matrix_product if many and copies <= _LARGEST_MATRIX else _sum_of_products
+        product = _matrix_product if many and copies <= _LARGEST_MATRIX else _of_patches
         return product(x, kernel, strides, padding, outputs)
     if kernel.shape[:2] == (1, 1) and not padding:
         return _convolve_dense(x[:, :: strides[0], :: strides[1]], kernel, ((0, 0), (0, 0)))
@@ -149,16 +149,15 @@ def _matrix_product(x, kernel, strides, padding, outputs):
     return jnp.einsum('ghwei,pqhwio->gpqeo', x, kernel)
 
 
-def _sum_of_products(x, kernel, strides, padding, outputs):
-    """A matrix product for each position in the kernel; differentiates into matrix products."""
+def _of_patches(x, kernel, strides, padding, outputs):
+    """With the kernel as a matrix, from all that it sees at a place; differentiates into products."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0), (0, 0)))
-    total = 0
+    seen = []
     for row, column in np.ndindex(*kernel.shape[:2]):
         rows = slice(row, row + (outputs[0] - 1) * strides[0] + 1, strides[0])
         columns = slice(column, column + (outputs[1] - 1) * strides[1] + 1, strides[1])
-        seen = x[:, rows, columns]
-        total += jnp.einsum('ghwbi,io->ghwbo', seen, kernel[row, column])
-    return total
+        seen.append(x[:, rows, columns])
+    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _strided(x, kernel, strides, padding, outputs):
