@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -270,8 +271,12 @@ def check(values: flags.FlagValues) -> None:
     for name in ('plot', 'latency_us', 'gigabytes_per_second'):
         if values[name].present and not values.scaling:
             raise ConfigError(f'--{name}: got {values[name].value!r}; accepted: with --scaling')
-    if values.scaling and values.run:
-        raise ConfigError('--scaling: got --run as well; accepted: one of them')
+    for name in ('latency_us', 'gigabytes_per_second'):
+        if not math.isfinite(values[name].value or 0):
+            raise ConfigError(f'--{name}: got {values[name].value}; accepted: a number that is finite')
+    for name in ('scaling', 'batch_sizes', 'input', 'repeats'):
+        if values.run and values[name].present and values[name].value:
+            raise ConfigError(f'--{name}: got --run as well; accepted: one of them')
     if values.scaling:
         check_network(values)
 

@@ -47,6 +47,8 @@ def parse(
         rest = values(argv)[1:]
         if 'config' in values and values.config is not None:
             dict(values.config)  # a config file that failed says so at the first access
+        elif 'config' in values and values['config'].present:
+            raise ValueError('get_config() gives None; accepted: a config, from default_config()')
     except (Exception, SystemExit) as error:  # a config file is the user's code: it can raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, flags.Error) and 'Traceback' not in str(error):

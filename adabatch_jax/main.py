@@ -145,6 +145,8 @@ def check(values: flags.FlagValues) -> None:
     for name in ('devices', 'benchmark'):
         if values[name].present and values.mode != 'plan':
             refuse(name, '--mode=plan')
+    if values.checkpoint and values.mode not in ('eval', 'analyze'):
+        refuse('checkpoint', '--mode=eval or --mode=analyze')
     for name in ('seeds', 'policies'):
         if values[name].present and not values.sweep:
             refuse(name, '--sweep')

@@ -111,6 +111,10 @@ def test_a_run_tells_where_its_time_went(tmp_path, capsys):
         ([f'--config={CONFIG}', '--json=nowhere/x.json'], "--json: got 'nowhere/x.json'"),
         ([f'--config={CONFIG}', '--input=none'], 'input'),
         ([f'--config={CONFIG}', '--repeats=0'], 'repeats'),
+        ([f'--config={CONFIG}', '--run', '--batch_sizes=8'], '--batch_sizes: got --run as well'),
+        ([f'--config={CONFIG}', '--run', '--scaling'], '--scaling: got --run as well'),
+        ([f'--config={CONFIG}', '--scaling', '--latency_us=inf'], '--latency_us: got inf; accepted'),
+        ([f'--config={CONFIG}', '--scaling', '--gigabytes_per_second=nan'], 'got nan; accepted'),
         ([f'--config={CONFIG}', '--config.model.nam=x'], 'config.model.nam: unknown key'),
     ],
 )

@@ -109,6 +109,7 @@ MISTAKES = {
     '--config.model.batch_norm=ghost:0': "batch_norm: got 'ghost:0'; accepted: local, sync",
     '--config.optimizer.decayed=none': "decayed: got 'none'; accepted: all, kernels",
     '--mode=test': 'train|eval|plan',
+    '--checkpoint=best': "--checkpoint: got 'best' with --mode=train; accepted: --mode=eval or",
     '--worker=1': "Unknown command line flag 'worker'",
     'extra': "got 'extra'; accepted: flags only",
 }
@@ -161,6 +162,7 @@ def test_missing_flags_and_files_are_told_apart(tiny_file, tmp_path, capsys):
         ('config.batch.max_size = None', 'config.batch.max_size: got None'),
         ('config.learning_rate.decay_at_epochs = ((1, 2),)', 'decay_at_epochs: got (1, 2)'),
         ('assert False', 'AssertionError'),
+        ('return', 'get_config() gives None; accepted: a config'),
         ("raise SystemExit('bye')", 'bye'),
         ('config.learning_rate.decay_at_epochs = (10**400,)', 'config.learning_rate'),
     ],
