@@ -255,7 +255,7 @@ class Run:
                 update.batch_size,
                 self.host.observed['learning_rate'],
                 float(metrics.mean_metrics(sums)['loss']),
-                seconds,
+                math.nan if steps.CACHE.is_compiling else seconds,
                 **statistics,
             ),
         )

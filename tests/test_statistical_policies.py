@@ -292,6 +292,15 @@ def steady(policy, wanted, state=None, epochs=(0.0, 10.0), size=None, seconds=1.
     return state
 
 
+@pytest.mark.parametrize('options', [{}, {'batch.statistics.min_speedup': 1.1}], ids=str)
+def test_a_batch_size_that_was_not_timed_yet_is_not_left_for_a_larger_one(options):
+    policy = make('goodput' if not options else 'noise_scale', **options)
+    base = policy.initial_state()['rung']
+    state = steady(policy, 1000.0, seconds=math.nan)
+    assert state['rung'] == base and state['times'] == {}
+    assert steady(policy, 1000.0, state, (10.0, 20.0))['rung'] > base
+
+
 def test_a_decision_moves_one_rung_unless_more_are_allowed():
     for most in (1, 3):
         policy = make('noise_scale', **{'batch.statistics.max_rungs': most})

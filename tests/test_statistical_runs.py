@@ -12,7 +12,7 @@ from conftest import ROOT
 from fault_child import POINTS
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import train
+from adabatch_jax import steps, train
 from adabatch_jax.config import ConfigError
 
 CONFIG = {
@@ -43,6 +43,13 @@ def test_decisions_are_stage_records_with_their_inputs_and_a_reason_in_words(dec
             assert inputs['wanted'] == pytest.approx(1000 * ratio)
     records = of_kind(directory, 'train')
     assert all(r['gradient_variance'] > 0 for r in records)
+
+
+def test_updates_are_not_timed_while_steps_are_compiled(tmp_path, monkeypatch):
+    config = tiny(**CONFIG | {'batch.policy': 'goodput', 'num_epochs': 2.0})
+    monkeypatch.setattr(steps.StepCache, 'is_compiling', True)
+    train.train(config, tmp_path)
+    assert len(of_kind(tmp_path, 'stage')) == 1
 
 
 def test_a_finished_run_replays_to_the_same_weights(decided, tmp_path):

@@ -250,9 +250,10 @@ def test_what_has_not_begun_to_compile_can_be_given_up_and_asked_for_again():
     waiting = cache.precompile(make_spec(batch_size=16))
     assert begun.wait(60)
     cache.cancel_waiting()
-    assert waiting.cancelled()
+    assert waiting.cancelled() and cache.is_compiling
     go_on.set()
     assert cache.get(make_spec(batch_size=8)).compile_seconds == 8
+    assert not cache.is_compiling
     assert cache.get(make_spec(batch_size=16)).compile_seconds == 16
 
 

@@ -159,6 +159,8 @@ def measured_times(state: State) -> dict[int, float]:
 
 def _timed(times: dict[str, list], observation: Observation) -> dict[str, list]:
     """The times with those of one more update; the first of a batch size waits for more than itself."""
+    if math.isnan(observation.seconds):
+        return times
     seen, mean = times.get(str(observation.batch_size), (0, 0.0))
     weight = 1 / seen if seen else 0.0
     mean += (observation.seconds - mean) * weight

@@ -290,6 +290,12 @@ class StepCache:
             self._used.add(spec)
         return step
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a step is compiled at present, or waits for that."""
+        with self._lock:
+            return not all(future.done() for future in self._futures.values())
+
     def cancel_waiting(self) -> None:
         """Gives up what has not begun to compile, so that a process need not wait for it to end."""
         with self._lock:
