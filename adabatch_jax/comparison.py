@@ -225,8 +225,14 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
 def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
     if not config or not differing:
         return run.name
-    parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in differing]
-    text = ', '.join(part.removeprefix('policy ') for part in parts)
+    name = config.get('optimizer.name', '')
+    of_others = [key for key in differing if key.count('.') > 1 and key.startswith('optimizer.')]
+    of_others = [
+        key for key in of_others if not name.endswith(key.split('.')[1])
+    ]  # saga: dynasaga's too
+    keys = [key for key in differing if key not in of_others]
+    parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in keys]
+    text = ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts)
     return text if len(parts) <= 3 else run.name
 
 

@@ -149,8 +149,9 @@ class Experiment:
         return self.snapshots.number(before.start) != self.snapshots.number(update.start)
 
     def may_use(self, spec: steps.StepSpec) -> bool:
-        """Whether a compiled step belongs to this model and optimizer."""
-        return spec.model == self.model and spec.optimizer is self.optimizer
+        """Whether a compiled step belongs to this model and optimizer, and was compiled in this way."""
+        belongs = spec.model == self.model and spec.optimizer is self.optimizer
+        return belongs and spec.quick == self.config.compile.quick
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
         """The same experiment with its batches split for a largest microbatch; 0 for no limit."""
@@ -174,6 +175,11 @@ class Experiment:
             return 0
         devices = self.plan.num_devices if policy == 'sync' else 1
         return models.check_batch_norm(policy) or stage.microbatch_size * devices
+
+    @property
+    def gradients_of_example(self) -> int:
+        """Of each example of a batch that an update takes, but with SVRG, which counts by itself."""
+        return 2 if self.config.learning_rate.rule == 'barzilai_borwein' else 1  # either end of a step
 
     @property
     def eval_spec(self) -> steps.StepSpec:

@@ -28,6 +28,7 @@ class HostState:
       stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
       window: sums since the last ``train`` record.
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
+      gradient_evaluations: of single examples, in updates; SVRG's are counted in its own state.
       evaluation: the last one: ``step`` and ``accuracy``.
       best_accuracy: of all evaluations.
       counts: of divergence and what was done about it, and of examples in probes.
@@ -47,6 +48,7 @@ class HostState:
     stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     observed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gradient_evaluations: int = 0
     evaluation: dict[str, Any] | None = None
     best_accuracy: float = -1.0
     counts: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -53,13 +53,12 @@ def stage(run, stall_seconds: float, continued: bool) -> dict[str, Any]:
 def evaluation(run, result: dict[str, Any]) -> dict[str, Any]:
     """Of an ``eval`` record, from what ``evaluate`` found.
 
-    ``gradient_evaluations``: of single examples since the beginning; more than the examples seen with
-    SVRG. ``objective``: the loss and the penalty that weight decay is the gradient of, where it is and
+    ``gradient_evaluations``: of single examples since the beginning, in updates and SVRG's snapshots.
+    ``objective``: the loss and the penalty that weight decay is the gradient of, where it is and
     the loss is that of the training split.
     """
     config, state = run.experiment.config, run.state
-    each = 2 if config.learning_rate.rule == 'barzilai_borwein' else 1  # before and after the step
-    evaluations = int(state.reduction.get('evaluations', each * run.examples_seen))
+    evaluations = int(state.reduction.get('evaluations', run.host.gradient_evaluations))
     fields = {'split': config.dataset.eval_split, **result, 'gradient_evaluations': evaluations}
     is_penalised = config.optimizer.name in optimizers.PENALISED
     if config.dataset.eval_split == config.dataset.train_split and is_penalised:

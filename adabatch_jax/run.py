@@ -166,9 +166,8 @@ class Run:
 
     def ahead(self) -> list[schedules.Update]:
         """The updates to dispatch together: the upcoming one, and more if nothing comes between."""
-        count = max(self.stream.steps)
         updates = self.clock.updates(self.upcoming.start, self.upcoming.batch_size)
-        updates = list(itertools.islice(updates, count))
+        updates = list(itertools.islice(updates, max(self.stream.steps)))
         config, policy = self.experiment.config, self.experiment.policy
         seen = self.examples_seen
         for before, update in itertools.pairwise(updates):
@@ -226,6 +225,7 @@ class Run:
         """Takes in the sums of one update."""
         learning_rate = float(sums.pop('learning_rate', learning_rate))
         self.host.seconds['train'] += seconds
+        self.host.gradient_evaluations += self.experiment.gradients_of_example * update.batch_size
         self.host.window = metrics.add_sums(self.host.window, {'seconds': seconds})
         self.host.observed = {
             'step': step,

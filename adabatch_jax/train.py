@@ -32,6 +32,8 @@ from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import HostState
 from adabatch_jax.run import Diverged, Run
 
+OF_A_MACHINE = ('compile.cache_dir', 'dataset.data_dir')  # keys that processes may have other values of
+
 __all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
 
 
@@ -67,6 +69,7 @@ def train(
     """
     config, directory = resolve(config), pathlib.Path(directory)
     may_differ = SCHEDULE if allow_schedule_change else ()
+    _agree_on(config)
     with contextlib.ExitStack() as stack:
         # Only the first of several processes touches the work directory; what it finds is told to all.
         distributed.from_first(lambda: stack.enter_context(_claimed(config, directory, may_differ)))
@@ -74,6 +77,21 @@ def train(
         while attempt is not None:
             summary, attempt = _try(attempt, config, directory, stop)
     return summary
+
+
+def _agree_on(config: ml_collections.FrozenConfigDict) -> None:
+    """Refuses configs that differ between processes, before any of them touches anything.
+
+    Each would make the updates of another run, and the weights of none be saved.
+    """
+    ours = flatten(config)
+    for key, value in distributed.from_first(lambda: flatten(config)).items():
+        if key not in OF_A_MACHINE and ours[key] != value:
+            raise ConfigError(
+                f'config.{key}: got {ours[key]!r} in process {jax.process_index()} and {value!r} in the '
+                'first; accepted: the same in all'
+            )
+    distributed.meet()
 
 
 @contextlib.contextmanager
@@ -277,6 +295,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     if saved is None:
         return HostState(now, policy.initial_state(), ladder=list(policy.ladder), devices=devices)
     names = {field.name for field in dataclasses.fields(HostState)}
+    saved = {'gradient_evaluations': examples_seen} | saved  # or of a version that did not count
     host = HostState(**{name: value for name, value in saved.items() if name in names})
     is_same = host.schedule.get('batch.policy') == now['batch.policy']
     if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):

@@ -289,6 +289,15 @@ def test_a_mistake_that_one_process_sees_ends_all_with_its_message(tmp_path):
     assert not any('Traceback' in output for output, _ in ends)
 
 
+def test_processes_with_different_configs_are_refused_before_anything_is_written(tmp_path):
+    workdir = tmp_path / 'run'
+    command = ('-m', 'adabatch_jax.main', *FLAGS, f'--workdir={workdir}')
+    ends = finish(two(command, (*command, '--config.seed=7')), timeout=120)
+    assert [status for _, status in ends] == [2, 2], ends
+    assert 'config.seed: got 7 in process 1 and 0 in the first; accepted: the same in all' in ends[0][0]
+    assert not any('Traceback' in output for output, _ in ends) and not workdir.exists()
+
+
 def test_processes_under_slurm_find_each_other(tmp_path):
     """With the variables that srun sets for two tasks on one node."""
     started = []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import comparison, figures, report
+from adabatch_jax.config import default_config, to_json
 
 N = 100  # examples of an epoch
 
@@ -239,6 +240,21 @@ def test_what_happened_to_a_run_is_among_the_notes(tmp_path, capsys):
     assert f'{folder}: epoch 2: {reason}' in lines
     assert f'{folder}: updates skipped: 7, fallen back: 1' in lines
     assert not any('begins' in line for line in lines)
+
+
+def test_labels_leave_out_the_settings_of_other_optimizers(tmp_path):
+    for name, changes in {
+        'a': {'optimizer.name': 'sgd'},
+        'b': {'optimizer.name': 'svrg', 'optimizer.svrg.first_size': 64},
+        'c': {'optimizer.name': 'dynasaga', 'optimizer.saga.first_size': 8},
+    }.items():
+        config = default_config()
+        config.update_from_flattened_dict(changes)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(to_json(config))
+        (tmp_path / name / 'metrics.jsonl').write_text('')
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'abc'])
+    assert [group.label for group in groups] == ['sgd', 'svrg, first size 64', 'dynasaga, first size 8']
 
 
 def test_every_group_has_its_label_and_a_legend_its_room():

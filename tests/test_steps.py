@@ -14,6 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from adabatch_jax import compilation_cache as persistent_cache
 from adabatch_jax import distributed, models, optimizers, steps, train_state
+from adabatch_jax.config import default_config, resolve
+from adabatch_jax.experiment import describe
 from adabatch_jax.steps import pure
 
 TRACES = []
@@ -282,10 +284,11 @@ def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
 
 def test_a_step_that_is_compiled_quickly_makes_the_same_update_up_to_rounding(monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')
-    spec = make_spec(models.get_model('resnet8', 3), momentum=0.9)
+    spec = dataclasses.replace(make_spec(models.get_model('resnet8', 3), momentum=0.9), quick=True)
     states = []
-    for quick in (False, True):
-        spec = dataclasses.replace(spec, quick=quick)
+    slow = {'xla_cpu_use_fusion_emitters': True, 'xla_backend_optimization_level': 3}
+    for options in (slow, steps.compiled._QUICK):
+        monkeypatch.setattr(steps.compiled, '_QUICK', options)
         step = steps.compile_step(spec)
         state, _ = step(make_state(spec), distributed.put(make_batch()), np.float32(0.01), np.uint32(0))
         states.append(state.params)
@@ -318,6 +321,17 @@ def test_options_of_xla_are_those_for_quick_steps_that_it_knows_and_that_are_not
     asked.clear()
     steps.compile_step(make_spec())
     assert asked == [{}]
+
+
+def test_every_step_of_a_config_that_asks_for_it_is_compiled_quickly():
+    for quick in (False, True):
+        config = default_config()
+        config.dataset.name, config.dataset.pipeline, config.optimizer.name = 'digits', 'device', 'svrg'
+        config.model.name, config.compile.quick = 'linear', quick
+        config.dataset.augment, config.batch.policy = 'none', 'fixed'
+        experiment = describe(resolve(config))
+        made = [experiment.eval_spec, *experiment.stage_specs(128)]
+        assert len(made) == 3 and all(spec.quick == quick for spec in made)
 
 
 def test_memory_of_a_step_grows_with_its_batch():

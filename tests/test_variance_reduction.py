@@ -481,6 +481,16 @@ def test_the_noise_of_sgd_is_gone_with_every_variance_reduced_method(convex_runs
         assert above[method] < 0.1 * above['sgd'], above
 
 
+def test_gradients_are_counted_as_they_are_taken_whatever_the_rule_was_before(tmp_path):
+    config = digits('sgd', 16, dataset__remainder='drop', optimizer__momentum=0.0)  # 7 updates an epoch
+    config.learning_rate.rule = 'barzilai_borwein'
+    train(config, tmp_path)
+    config.num_epochs, config.learning_rate.rule = 3.0, 'schedule'
+    train(config, tmp_path, allow_schedule_change=True)
+    counted = [r['gradient_evaluations'] for r in metrics.read_records(tmp_path) if r['kind'] == 'eval']
+    assert counted == [7 * 16 * each for each in (2, 4, 5)]
+
+
 def test_evaluations_are_counted_with_every_method(convex_runs):
     for method, (_, last) in convex_runs.items():
         each = last['gradient_evaluations'] / last['examples_seen']

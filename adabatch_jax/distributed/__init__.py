@@ -22,6 +22,7 @@ from adabatch_jax.distributed.processes import (
     is_joined,
     join,
     largest,
+    meet,
     share,
     smallest,
 )
@@ -37,6 +38,7 @@ __all__ = [
     'join',
     'largest',
     'local_rows',
+    'meet',
     'mesh',
     'put',
     'put_ahead',

@@ -33,6 +33,7 @@ _FAILED = 'adabatch_jax/failed'
 _BLOCK = 1000  # messages that are removed from the store together
 
 _messages = itertools.count()
+_meetings = itertools.count()
 _asked = itertools.count(1)
 _joined = threading.Event()
 _failing = threading.Event()
@@ -99,7 +100,7 @@ def join(
 def _say_later(coordinator_address: str | None) -> threading.Timer:
     """Will tell who waits for processes that have not begun."""
     at = f' at {coordinator_address}' if coordinator_address else ''
-    line = f'waiting for the other processes{at}'
+    line = f'waiting for the other processes{at}; each --process_id from 0 on has to be started once'
     timer = threading.Timer(_PATIENCE_SECONDS, print, [line], {'file': sys.stderr})
     timer.daemon = True
     timer.start()
@@ -168,6 +169,15 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
+def meet() -> None:
+    """Waits, however long, until all processes have come here.
+
+    A first collective opens connections between the devices, which gives up after half a minute.
+    """
+    if not is_alone():
+        _store().wait_at_barrier(f'adabatch_jax/meetings/{next(_meetings)}', _LONG)
+
+
 def share(tree: Any) -> Any:
     """The arrays of the first process, in all, bit for bit, as numpy arrays.
 
@@ -179,6 +189,7 @@ def share(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
     # As bytes: the broadcast is a sum, which would turn -0.0 into 0.0.
     sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+    meet()
     received = multihost_utils.broadcast_one_to_all(sent)
     arrays = [np.array(y).view(x.dtype).reshape(x.shape) for x, y in zip(leaves, received, strict=True)]
     return jax.tree.unflatten(structure, arrays)
@@ -188,6 +199,7 @@ def smallest(value: float) -> float:
     """The smallest of the values that the processes give, in single precision."""
     if is_alone():
         return value
+    meet()
     return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
