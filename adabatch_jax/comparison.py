@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -223,17 +224,18 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
-    if not config or not differing:
+    if not config or not 0 < len(differing) <= 3:
         return run.name
-    name = config.get('optimizer.name', '')
-    of_others = [key for key in differing if key.count('.') > 1 and key.startswith('optimizer.')]
-    of_others = [
-        key for key in of_others if not name.endswith(key.split('.')[1])
-    ]  # saga: dynasaga's too
-    keys = [key for key in differing if key not in of_others]
+    optimizer = config.get('optimizer.name', '')
+
+    def is_its(key: str) -> bool:
+        """Whether a setting is not one of another optimizer; DynaSAGA has those of SAGA."""
+        section = re.match(r'optimizer\.(\w+)\.', key)
+        return section is None or optimizer.endswith(section[1])
+
+    keys = filter(is_its, differing)
     parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in keys]
-    text = ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts)
-    return text if len(parts) <= 3 else run.name
+    return ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts)
 
 
 def out_of_the_ordinary(summary: Record) -> str:
