@@ -106,6 +106,8 @@ def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
+    if values.mode != 'train' and distributed.is_joined():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a training loop to ask about
     if values.mode == 'plan':
         print_plan(values.config, values.devices, values.benchmark)
         return 0

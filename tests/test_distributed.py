@@ -248,6 +248,16 @@ def test_processes_evaluate_a_checkpoint_as_one_does(whole):
     assert alone.splitlines()[-1] in output and 'accuracy' not in silent
 
 
+def test_sigterm_ends_processes_that_do_not_train(whole):
+    analyze = ('-m', 'adabatch_jax.main', *FLAGS, '--mode=analyze', f'--workdir={whole}')
+    started = two(*[(*analyze, '--config.analysis.trace_samples=1000000')] * 2)
+    assert any('checkpoint 1 of' in line for line in started[0].stdout)
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+    ends = finish(started, timeout=60)
+    assert [status for _, status in ends] == [-signal.SIGTERM] * 2, ends
+
+
 def test_processes_time_steps_and_their_network_together(tmp_path):
     files = tmp_path / '0.json', tmp_path / '1.json'
     arguments = ('--config=tests/small_run.py', '--batch_sizes=16', '--repeats=1', '--scaling')
