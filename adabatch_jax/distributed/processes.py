@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar('T')
 HEARTBEAT_SECONDS = 60  # without a sign of life from a process all others end
 SHUTDOWN_SECONDS = 60  # that the first to end waits for the others
 _PATIENCE_SECONDS = 15.0  # with processes that have not begun
+_MEETING_SECONDS = 0.02  # between two looks at who is there
 _POLL_SECONDS = 1.0  # between two looks at whether another process has failed
 _GRACE_SECONDS = 5.0  # for a process that fails by itself, as the others do
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat
@@ -37,6 +39,7 @@ _meetings = itertools.count()
 _asked = itertools.count(1)
 _joined = threading.Event()
 _failing = threading.Event()
+_in_use = threading.Lock()  # the store, by who waits in ``meet``
 
 
 def join(
@@ -172,10 +175,18 @@ def from_first(make: Callable[[], T]) -> T:
 def meet() -> None:
     """Waits, however long, until all processes have come here.
 
-    A first collective opens connections between the devices, which gives up after half a minute.
+    A first collective opens connections between the devices, which gives up after half a minute. This is
+    no barrier of the store's, since ``_watch`` may end a process that waits here, and the store with it.
     """
-    if not is_alone():
-        _store().wait_at_barrier(f'adabatch_jax/meetings/{next(_meetings)}', _LONG)
+    if is_alone():
+        return
+    place = f'adabatch_jax/meetings/{next(_meetings)}'
+    _store().key_value_set(f'{place}/{jax.process_index()}', 'here')
+    present = 0
+    while present < jax.process_count():
+        with _in_use:
+            present = 0 if _failing.is_set() else len(_store().key_value_dir_get(place))
+        time.sleep(_MEETING_SECONDS)
 
 
 def share(tree: Any) -> Any:
@@ -264,6 +275,7 @@ def _watch() -> None:
     if is_first():
         print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
     try:
-        jax.distributed.shutdown()
+        with _in_use:
+            jax.distributed.shutdown()
     finally:
         os._exit(status)
