@@ -235,7 +235,7 @@ def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
 
     keys = filter(is_its, differing)
     parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in keys]
-    return ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts)
+    return ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts) or run.name
 
 
 def out_of_the_ordinary(summary: Record) -> str:
