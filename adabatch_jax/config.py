@@ -175,7 +175,7 @@ def default_config() -> ml_collections.ConfigDict:
     # an accelerator as many as make 4,096 examples, on a CPU 1.
     compile_.updates_per_dispatch = 0
     compile_.cache_dir = 'auto'  # persistent cache; auto: ~/.cache/adabatch_jax, '': off
-    # On a CPU: steps in as little as half the time, of which large ones are up to a seventh slower.
+    # On a CPU: in as little as half the time, for steps up to a seventh slower.
     compile_.quick = False
 
     config.lock()

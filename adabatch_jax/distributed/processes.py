@@ -163,7 +163,7 @@ def from_first(make: Callable[[], T]) -> T:
     else:
         message = pickle.loads(_store().blocking_key_value_get_bytes(f'{block}/{number}', _LONG))
     if (number + 1) % _BLOCK == 0:  # all have read it
-        _store().wait_at_barrier(block, _LONG)
+        meet()
         if is_first():
             _store().key_value_delete(f'{block}/')
     succeeded, value = message
