@@ -308,6 +308,18 @@ def test_processes_with_different_configs_are_refused_before_anything_is_written
     assert not any('Traceback' in output for output, _ in ends) and not workdir.exists()
 
 
+def test_processes_end_while_they_look_for_failures():
+    """Without a pause between the looks, so that all but the first are in the store as they end."""
+    code = (
+        'import sys; from adabatch_jax.distributed import processes as p; p._POLL_SECONDS = 1e-5; '
+        'p.join(sys.argv[1], 4, int(sys.argv[2])); p.meet()'
+    )
+    port = free_port()
+    started = [start(('-c', code, f'localhost:{port}', k), devices=1) for k in range(4)]
+    ends = finish(started, timeout=120)
+    assert [status for _, status in ends] == [0] * 4, ends
+
+
 def test_processes_under_slurm_find_each_other(tmp_path):
     """With the variables that srun sets for two tasks on one node."""
     started = []

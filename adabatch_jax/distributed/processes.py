@@ -7,6 +7,7 @@ others: what the work directory holds, and which batch size comes next. The stor
 the devices, so that nobody waits for the update in flight.
 """
 
+import atexit
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ _messages = itertools.count()
 _meetings = itertools.count()
 _asked = itertools.count(1)
 _joined = threading.Event()
-_failing = threading.Event()
+_ending = threading.Event()  # this process: it is done, or it or another has failed
 _in_use = threading.Lock()  # the store, by who waits in ``meet``
 
 
@@ -97,7 +98,9 @@ def join(
         )
     if jax.process_count() > 1:
         _joined.set()
-        threading.Thread(target=_watch, name='watch', daemon=True).start()
+        watch = threading.Thread(target=_watch, name='watch', daemon=True)
+        watch.start()
+        atexit.register(_end, watch)
 
 
 def _say_later(coordinator_address: str | None) -> threading.Timer:
@@ -185,7 +188,7 @@ def meet() -> None:
     present = 0
     while present < jax.process_count():
         with _in_use:
-            present = 0 if _failing.is_set() else len(_store().key_value_dir_get(place))
+            present = 0 if _ending.is_set() else len(_store().key_value_dir_get(place))
         time.sleep(_MEETING_SECONDS)
 
 
@@ -244,12 +247,12 @@ def fail(status: int, line: str) -> int:
     The first process that fails prints its ``line``; one that fails after it, as all do after a mistake
     in the config, has nothing to add. Those that would go on end with the same status.
     """
-    if _failing.is_set():  # what failed here is that another process has
+    if _ending.is_set():  # what failed here is that another process has
         return status
     if not is_joined():
         print(line, file=sys.stderr)
         return status
-    _failing.set()
+    _ending.set()
     try:
         _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line]))
     except jax.errors.JaxRuntimeError as error:
@@ -259,9 +262,15 @@ def fail(status: int, line: str) -> int:
     return status
 
 
+def _end(watch: threading.Thread) -> None:
+    """Has ``watch`` leave the store before the interpreter goes, which would abort the process there."""
+    _ending.set()
+    watch.join()
+
+
 def _watch() -> None:
     """Ends this process when another has failed, also where it waits for what will never come."""
-    while not _failing.wait(_POLL_SECONDS):
+    while not _ending.wait(_POLL_SECONDS):
         try:
             who, status, line = json.loads(_store().key_value_try_get(_FAILED))
             break
@@ -269,9 +278,9 @@ def _watch() -> None:
             continue
         except AttributeError:  # the runtime has been shut down
             return
-    if _failing.wait(_GRACE_SECONDS) or not jax.distributed.is_initialized():
+    if _ending.wait(_GRACE_SECONDS) or not jax.distributed.is_initialized():
         return  # it ends by itself
-    _failing.set()
+    _ending.set()
     if is_first():
         print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
     try:
