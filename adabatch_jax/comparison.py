@@ -151,6 +151,13 @@ class Group:
     label: str
     runs: tuple[Run, ...]
 
+    def same_seeds(self) -> dict[int, list[Run]]:
+        """The runs of each seed that has several, which are not independent."""
+        of_seeds: dict[int, list[Run]] = {}
+        for run in self.runs:
+            of_seeds.setdefault(run.config.get(SEED), []).append(run)
+        return {seed: runs for seed, runs in of_seeds.items() if len(runs) > 1}
+
     def mean(self, values: Iterable[float | None]) -> 'Spread | None':
         """Of values of the runs; None where no run has one."""
         known = [value for value in values if value is not None]

@@ -209,7 +209,12 @@ def stage_table(group: Group) -> Table:
 
 def notes(groups: Sequence[Group]) -> list[str]:
     """What could not be read, which runs are not finished, and what happened to the others."""
-    found = []
+    found = [
+        f'{group.label}: seed {seed} counts {len(runs)} times: '
+        + ', '.join(str(run.directory) for run in runs)
+        for group in groups
+        for seed, runs in group.same_seeds().items()
+    ]
     for run in (run for group in groups for run in group.runs):
         if run.summary is None:
             found.append(f'{run.directory}: not finished, at epoch {run.epoch:.4g}')

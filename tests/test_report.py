@@ -242,6 +242,13 @@ def test_what_happened_to_a_run_is_among_the_notes(tmp_path, capsys):
     assert not any('begins' in line for line in lines)
 
 
+def test_runs_of_one_seed_are_told_since_they_are_not_independent(tmp_path, capsys):
+    folders = [write_run(tmp_path / f'{k}', seed=seed) for k, seed in enumerate((0, 1, 0))]
+    assert report.main(['report', *map(str, folders), f'--out={tmp_path / "page.html"}']) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if 'counts' in line]
+    assert told == [f'0: seed 0 counts 2 times: {folders[0]}, {folders[2]}']
+
+
 def test_labels_leave_out_the_settings_of_other_optimizers(tmp_path):
     for name, changes in {
         'a': {'optimizer.name': 'sgd'},
