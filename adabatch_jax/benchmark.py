@@ -58,7 +58,8 @@ def relative_epochs(measured: list[Measured]) -> list[dict[str, float]]:
     """The paper's table: how much faster an epoch's passes are than with the first batch size.
 
     ``forward`` and ``backward`` are seconds an image with the first batch size over those with this one;
-    the backward pass is what forward and backward take longer than forward alone.
+    the backward pass is what forward and backward take longer than forward alone, None where that is
+    lost in the noise.
     """
 
     def per_image(m: Measured) -> tuple[float, float]:
@@ -73,7 +74,7 @@ def relative_epochs(measured: list[Measured]) -> list[dict[str, float]]:
             {
                 'batch_size': m.batch_size,
                 'forward': first[0] / forward,
-                'backward': first[1] / backward,
+                'backward': first[1] / backward if min(first[1], backward) > 0 else None,
                 'both': sum(first) / (forward + backward),
             }
         )
@@ -171,8 +172,7 @@ def scaled(
 def shares(summary: dict[str, Any]) -> dict[str, float]:
     """Which share of the wall time of a run went where, from its ``summary`` record.
 
-    ``steps`` is the time between the ends of updates, less what kept the devices waiting in it;
-    ``other`` is mostly the start of the run.
+    ``steps`` is the time between the ends of updates, less what kept the devices waiting in it.
     """
     wall = summary['wall_seconds']
     seconds = {key: summary.get(f'{key}_seconds', 0.0) for key in OVERHEADS}

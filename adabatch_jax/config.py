@@ -330,7 +330,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:
             raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')
-    resolved = config.copy_and_resolve_references()
+    resolved = ml_collections.ConfigDict(config.copy_and_resolve_references())
     with resolved.unlocked():
         if resolved.learning_rate.decay_epochs == 0:
             resolved.learning_rate.decay_epochs = resolved.batch.growth_epochs

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-COUNTS = ('skipped', 'skipped_in_a_row', 'fall_backs', 'probe_examples')
+COUNTS = ('skipped', 'skipped_in_a_row', 'undecoded_in_a_row', 'fall_backs', 'probe_examples')
 # What keeps the devices waiting.
-OVERHEADS = ('stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
+OVERHEADS = ('setup', 'stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
 PAUSES = ('evaluation', 'checkpoint', 'probe')  # which come again and again, not between updates
 SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 
@@ -31,10 +31,13 @@ class HostState:
       gradient_evaluations: of single examples, in updates; SVRG's are counted in its own state.
       evaluation: the last one: ``step`` and ``accuracy``.
       best_accuracy: of all evaluations.
-      counts: of divergence and what was done about it, and of examples in probes.
+      counts: of divergence and what was done about it, of examples in updates of which none could be
+        decoded, and of examples in probes.
       seconds: from the beginning of the run: ``wall``; ``train``, between the ends of updates;
-        ``compile``, on whatever thread; and ``stall`` (at the beginning of stages), ``input``, ``log``,
-        ``evaluation``, ``checkpoint`` and ``probe``, these while the devices had no update to work on.
+        ``compile``, on whatever thread; ``setup``, until a process has the run's state and data; and
+        ``stall`` (at the beginning of stages), ``input``, ``log``, ``evaluation``, ``checkpoint`` and
+        ``probe``, these while the devices had no update to work on. What went on after the checkpoint
+        that a run goes back to, when it falls back or runs out of memory, counts in ``wall`` alone.
     """
 
     schedule: dict[str, Any]
@@ -57,6 +60,13 @@ class HostState:
     def __post_init__(self):  # a checkpoint may come from a version that counted less
         self.counts = dict.fromkeys(COUNTS, 0) | self.counts
         self.seconds = dict.fromkeys(SECONDS, 0.0) | self.seconds
+
+    def keep_transition(self, examples_seen: int, batch_size: int, reason: str) -> None:
+        """Notes where a batch size begins, for the schedule that a replay follows."""
+        if self.stages and self.stages[-1]['examples_seen'] == examples_seen:
+            self.stages.pop()  # decided anew, no update since
+        begun = {'examples_seen': examples_seen, 'batch_size': batch_size, 'reason': reason}
+        self.stages.append(begun)
 
     @property
     def paused_seconds(self) -> float:

@@ -35,7 +35,7 @@ from adabatch_jax import (
     train,
     workdir,
 )
-from adabatch_jax.config import ConfigError, resolve, user_errors
+from adabatch_jax.config import ConfigError, flatten, resolve, user_errors
 from adabatch_jax.experiment import describe
 
 
@@ -106,6 +106,7 @@ def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
+    agree_on_mode(values)
     if values.mode != 'train' and distributed.is_joined():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a training loop to ask about
     if values.mode == 'plan':
@@ -115,6 +116,9 @@ def run(values: flags.FlagValues) -> int:
         config = distributed.from_first(
             lambda: config_of_run(values.config, values.workdir, ('dataset.eval_split',))
         )
+        if values.config is not None:
+            own = flatten(values.config)
+            config.update_from_flattened_dict({key: own[key] for key in train.OF_A_MACHINE})
         result = evaluate.evaluate_checkpoint(
             resolve(config), values.workdir, values.checkpoint or 'latest', terminal.complain
         )
@@ -135,6 +139,15 @@ def run(values: flags.FlagValues) -> int:
         return train_run(values.config, values.workdir, values.allow_schedule_change)
     finally:
         progress.quiet = False
+
+
+def agree_on_mode(values: flags.FlagValues) -> None:
+    """Refuses modes that differ between processes, which would wait for one another for ever."""
+    first = distributed.from_first(lambda: values.mode) if distributed.is_joined() else values.mode
+    if values.mode != first:
+        raise ConfigError(f'--mode: got {values.mode} here and {first} in the first process')
+    if distributed.is_joined():
+        distributed.meet()
 
 
 def check(values: flags.FlagValues) -> None:

@@ -13,7 +13,6 @@ def probe(run, sizes: tuple[int, ...]) -> None:
     policy = run.experiment.policy
     losses = branch_losses(run, sizes, policy.probe_examples)
     run.host.policy = policy.probed(run.host.policy, run.examples_seen, losses)
-    run.host.counts['probe_examples'] += len(sizes) * policy.probe_examples
     found = ', '.join(f'{loss:.4f} with {size}' for size, loss in losses.items())
     run.display.say(f'epoch {run.epoch:.4g}: probed batch sizes, loss {found}')
 
@@ -36,7 +35,8 @@ def _branch_loss(run, batch_size: int, num_examples: int) -> float:
     for update in itertools.takewhile(lambda u: u.start < begin + num_examples, updates):
         rate = run.learning_rate(update)
         state, sums = stream.update(state, stream.take([update]), [update], [rate])
+        run.host.counts['probe_examples'] += batch_size
         sums = {key: float(sums[key]) for key in ('loss', 'correct', 'count')}
         if update.start >= begin + num_examples // 2:
             totals = metrics.add_sums(totals, sums)
-    return metrics.mean_metrics(totals)['loss'] if totals else math.nan
+    return metrics.mean_metrics(totals)['loss'] if totals.get('count') else math.nan

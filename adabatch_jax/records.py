@@ -89,7 +89,7 @@ def summary(run) -> dict[str, Any]:
     fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS}
     if not host.seconds['probe']:
         del fields['probe_seconds']
-    return fields | {key: n for key, n in host.counts.items() if n and key != 'skipped_in_a_row'}
+    return fields | {key: n for key, n in host.counts.items() if n and not key.endswith('_in_a_row')}
 
 
 def last_summary(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:

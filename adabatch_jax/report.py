@@ -117,7 +117,10 @@ def passes_table(result: dict[str, Any]) -> Table:
     """
     try:
         rows = [
-            (f'{r["batch_size"]:,}', *(f'{r[key]:.2f}' for key in ('forward', 'backward', 'both')))
+            (
+                f'{r["batch_size"]:,}',
+                *('-' if r[k] is None else f'{r[k]:.2f}' for k in ('forward', 'backward', 'both')),
+            )
             for r in result['relative_epochs']
         ]
         on = f'Measured on {result["num_devices"]} x {result["device"]}'

@@ -46,14 +46,16 @@ class Run:
     The train state is on the devices; all else that a continued run needs is in ``host``.
     """
 
-    def __init__(self, experiment: Experiment, pipeline, writer, checkpointer, state, host: HostState):
+    def __init__(
+        self, experiment: Experiment, pipeline, writer, checkpointer, state, host: HostState, began
+    ):
         self.experiment, self.clock = experiment, experiment.clock
         self.pipeline, self.writer, self.checkpointer = pipeline, writer, checkpointer
         self.state: train_state.TrainState = state
         self.host = host
         self.step = int(state.step)  # updates dispatched
         self.examples_seen = self.previous = int(state.examples_seen)
-        self.began = time.perf_counter() - host.seconds['wall']
+        self.began = began  # by ``time.perf_counter``, had nothing come between
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.streams = Streams(functools.partial(open_stream, experiment, pipeline))
         self.stream: Stream | None = None
@@ -106,6 +108,7 @@ class Run:
         self.record('session', self.step, self.examples_seen, **records.session(reason or 'begins'))
         if reason:
             self.display.say(f'epoch {self.epoch:.4g}: {reason}')
+        self.mark = time.perf_counter()
 
     def host_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, in JSON types."""
@@ -190,9 +193,7 @@ class Run:
         """
         updates = self.ahead()
         rates = [self.learning_rate(update) for update in updates]
-        given = rates
-        if self.searches and self.step:
-            given = [GROWN if self.has_grown else 1.0]
+        given = [GROWN if self.has_grown else 1.0] if self.searches and self.step else rates
         self.has_grown = False
         with self.timed('input'):
             batch = self.stream.take(updates)
@@ -245,6 +246,10 @@ class Run:
         statistics = {name: float(sums.pop(name)) for name in STATISTICS if name in sums}
         left_out = update.batch_size - sums['count']
         self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
+        undecoded = 0 if sums['count'] else self.host.counts['undecoded_in_a_row'] + left_out
+        self.host.counts['undecoded_in_a_row'] = undecoded
+        if 0 < undecoded < self.clock.num_examples:  # else there is something to learn, or a mistake
+            return
         if statistics and all(map(math.isfinite, statistics.values())):
             self.host.window = metrics.add_sums(self.host.window, {**statistics, 'measured': 1})
         self.host.counts['skipped_in_a_row'] = 0
@@ -289,6 +294,7 @@ class Run:
         """Lets the updates in flight end, and keeps what follows out of the training time."""
         flight, self.in_flight = self.in_flight, None
         self.observe(flight)
+        self.host.seconds['train'] += time.perf_counter() - self.mark  # to take them in, and to log them
         yield
         self.mark = time.perf_counter()
 
@@ -298,34 +304,27 @@ class Run:
         with self.paused():
             if new:
                 self.write_window()
+            began = time.perf_counter()
             self.stream = self.streams.take(update)
-            stall_seconds = time.perf_counter() - self.mark
-        self.host.seconds['stall'] += stall_seconds
-        if update.batch_size != self.host.batch_size:
-            self.keep_transition(update.batch_size)
-        self.has_grown = update.batch_size > self.host.batch_size
-        self.host.batch_size = update.batch_size
-        self.host.stage += new
-        self.host.seconds['compile'] += self.stream.compile_seconds
-        fields = records.stage(self, stall_seconds, continued=not new)
-        self.record('stage', self.step, self.examples_seen, **fields)
-        self.display.say(
-            f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {update.batch_size}, learning '
-            f'rate {self.learning_rate(update):.5g} ({self.decision.reason})'
-        )
+            stall_seconds = time.perf_counter() - began
+            self.host.seconds['stall'] += stall_seconds
+            if update.batch_size != self.host.batch_size:
+                self.host.keep_transition(self.examples_seen, update.batch_size, self.decision.reason)
+            self.has_grown = update.batch_size > self.host.batch_size
+            self.host.batch_size = update.batch_size
+            self.host.stage += new
+            self.host.seconds['compile'] += self.stream.compile_seconds
+            fields = records.stage(self, stall_seconds, continued=not new)
+            self.record('stage', self.step, self.examples_seen, **fields)
+            self.display.say(
+                f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {update.batch_size}, '
+                f'learning rate {self.learning_rate(update):.5g} ({self.decision.reason})'
+            )
         if self.experiment.config.compile.precompile:
             for later in self.experiment.specs_after(update.batch_size, self.examples_seen):
                 steps.CACHE.precompile(later)
             if following := self.experiment.stage_after(update):
                 self.streams.prepare(following)
-
-    def keep_transition(self, batch_size: int) -> None:
-        """Notes where a batch size begins, for the schedule that a replay follows."""
-        stages = self.host.stages
-        if stages and stages[-1]['examples_seen'] == self.examples_seen:  # decided anew, no update since
-            stages.pop()
-        decided = {'batch_size': batch_size, 'reason': self.decision.reason}
-        stages.append({'examples_seen': self.examples_seen, **decided})
 
     def write_window(self) -> None:
         """Writes the ``train`` record of the updates since the last one, and shows it."""
@@ -342,11 +341,11 @@ class Run:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
         with self.paused(), self.timed('evaluation'):
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
-        self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
-        is_best = result['accuracy'] > self.host.best_accuracy
-        self.host.best_accuracy = max(self.host.best_accuracy, result['accuracy'])
-        split, fields = self.experiment.config.dataset.eval_split, records.evaluation(self, result)
-        self.record('eval', self.step, self.examples_seen, **fields)
+            self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
+            is_best = result['accuracy'] > self.host.best_accuracy
+            self.host.best_accuracy = max(self.host.best_accuracy, result['accuracy'])
+            split, fields = self.experiment.config.dataset.eval_split, records.evaluation(self, result)
+            self.record('eval', self.step, self.examples_seen, **fields)
         if not math.isfinite(result['loss']):  # of weights that are finite, but too large
             raise Diverged(
                 f'training diverged: {split} loss {result["loss"]} after update {self.step}, stage '

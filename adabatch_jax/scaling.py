@@ -113,8 +113,8 @@ class Model:
     def compute(self, examples: float) -> float:
         """Seconds that a device computes for its share of a batch.
 
-        Linear between two measurements and past the last; below the first as the line through the first
-        two says, but no less than in proportion to the examples.
+        Linear between two measurements, and past the last, but no less than that; below the first as the
+        line through the first two says, but no less than in proportion to the examples.
         """
         points = self.computation
         if len(points) == 1:
@@ -122,7 +122,8 @@ class Model:
         pairs = list(itertools.pairwise(points))
         (x0, y0), (x1, y1) = next((p for p in pairs if examples <= p[1][0]), pairs[-1])
         seconds = y0 + (examples - x0) * (y1 - y0) / (x1 - x0)
-        return max(seconds, points[0][1] * min(examples / points[0][0], 1))
+        least = points[-1][1] if examples > points[-1][0] else 0.0
+        return max(seconds, least, points[0][1] * min(examples / points[0][0], 1))
 
     def update(self, batch_size: int, num_devices: int) -> float:
         """Seconds of an update; of more devices than examples, some have nothing to do."""
@@ -131,10 +132,14 @@ class Model:
         return self.compute(share) + self.network.all_reduce(num_devices, self.gradient_bytes)
 
     def worthwhile(self, batch_size: int, num_devices: int) -> int:
-        """How many of some devices pay off: doubled as long as ``WORTH`` is gained."""
+        """How many of some devices pay off: more, as long as twice as many would gain ``WORTH``.
+
+        A batch has to divide over them.
+        """
         found = 1
-        for more in doubled(min(num_devices, batch_size))[1:]:
-            if self.update(batch_size, found) < WORTH * self.update(batch_size, more):
+        for more in (n for n in range(2, min(num_devices, batch_size) + 1) if batch_size % n == 0):
+            gain = WORTH ** math.log2(more / found)
+            if self.update(batch_size, found) < gain * self.update(batch_size, more):
                 break
             found = more
         return found

@@ -76,9 +76,18 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _digits(value: float) -> str:
+    """Three digits, and more before the decimal point where there are."""
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
 def _rates(plan: Plan, stage: Stage) -> str:
     """The first and the last learning rate of a stage, and between them the highest, if it is there."""
-    positions = np.linspace(stage.start, stage.end, min(stage.num_updates, _MOST_RATES), endpoint=False)
+    if stage.num_updates > _MOST_RATES:
+        positions = np.linspace(stage.start, stage.end, _MOST_RATES, endpoint=False)
+    else:
+        updates = plan.clock.updates(stage.start, stage.batch_size)
+        positions = np.array([u.start for u in itertools.islice(updates, stage.num_updates)])
     rates = plan.learning_rate(positions / plan.clock.num_examples, stage.batch_size)
     first, highest, last = stage.learning_rate_start, float(np.max(rates)), stage.learning_rate_end
     shown = [first, highest, last] if highest > 1.001 * max(first, last) else [first, last]
@@ -186,16 +195,17 @@ def print_benchmark(measured: list, relative: list[dict], predicted: dict[str, f
             f'{1000 * m.step_seconds:,.1f} ms',
             f'{m.images_per_second:,.0f}',
             f'{input_speed:,.0f}' if input_speed else '-',
-            f'{m.memory_bytes / 2**20:,.0f} MiB',
+            f'{_digits(m.memory_bytes / 2**20)} MiB',
         )
     _print(table)
     table = _table('Time of an epoch, times as fast', 'batch', 'forward', 'backward', 'both')
     for row in relative:
-        times = (f'{row[key]:.2f}' for key in ('forward', 'backward', 'both'))
+        times = (row[key] for key in ('forward', 'backward', 'both'))
+        times = ('-' if x is None else f'{x:.2f}' for x in times)
         table.add_row(f'{row["batch_size"]:,}', *times)
     _print(table)
     parts = [
-        f'{key} {seconds:,.0f} s' for key, seconds in predicted.items() if key != 'speedup' and seconds
+        f'{key} {_digits(s)} s' for key, s in predicted.items() if key != 'speedup' and s is not None
     ]
     if predicted['speedup']:
         parts.append(f'{predicted["speedup"]:.2f} times as fast')
@@ -212,7 +222,7 @@ def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
     names = ('fixed', 'adaptive', 'worthwhile')
     table = _table('Devices', 'devices', *(f'{name} {what}' for name in names for what in ('s', 'x')))
     for row in rows:
-        cells = (f'{v:,.{p}f}' for n in names for v, p in ((row[n], 0), (first / row[n], 2)))
+        cells = (text for n in names for text in (_digits(row[n]), f'{first / row[n]:,.2f}'))
         table.add_row(f'{row["devices"]:,}', *cells)
     _print(table)
     network = model.network
@@ -255,7 +265,7 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
     _print(
         f'{summary["updates"]:,} updates in {summary["wall_seconds"]:,.1f} s; compilation, mostly '
         f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
-        'waiting; stall: at the beginning of stages; other: setting up'
+        'waiting; setup: until state and data were there; stall: at the beginning of stages'
     )
 
 

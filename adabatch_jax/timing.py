@@ -112,7 +112,9 @@ class Bench:
             stream = open_stream(experiment, pipeline, experiment.clock.update_at(0, batch_size))
             self.take = lambda: stream.take([next(updates) for _ in range(count)])
         shape = () if count == 1 else (count,)
-        scalars = np.full(shape, RATE, np.float32), np.zeros(shape, np.uint32)
+        is_given = experiment.config.learning_rate.rule == 'schedule'  # or times the last step's
+        rate = RATE if is_given else 1.0
+        scalars = np.full(shape, rate, np.float32), np.zeros(shape, np.uint32)
         self.scalars = distributed.put_everywhere(scalars)
 
     def measure(self, state: train_state.TrainState, real: bool) -> train_state.TrainState:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,11 +112,14 @@ class Attempt:
       max_per_device: largest microbatch.
       fall_backs: how often the effective learning rate has been lowered.
       reason: in words, for the ``session`` record.
+      began: when the run did, on the clock ``time.perf_counter`` and had nothing come between; None of
+        a first attempt, for which the checkpoint tells.
     """
 
     max_per_device: int | None = None
     fall_backs: int | None = None
     reason: str = ''
+    began: float | None = None
 
 
 def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attempt | None]:
@@ -136,14 +140,16 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
                     f'processes again with {smaller}, and with --allow_schedule_change'
                 ) from error
             reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
-            return None, dataclasses.replace(attempt, max_per_device=smaller, reason=reason)
+            return None, dataclasses.replace(
+                attempt, max_per_device=smaller, reason=reason, began=run.began
+            )
         except Diverged as error:
             options, fall_backs = config.divergence, run.host.counts['fall_backs'] + 1
             if options.action != 'fall_back' or fall_backs > options.max_fall_backs:
                 raise
             lowered = f'effective learning rate x {options.rate_factor**fall_backs:g}'
             return None, dataclasses.replace(
-                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}'
+                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}', began=run.began
             )
 
 
@@ -200,6 +206,7 @@ def open_run(
     The largest microbatch is that of the attempt where it has one, else the one of the checkpoint, so
     that a continued run computes the same on another machine, else that of the config.
     """
+    start = time.perf_counter()
     compilation_cache.enable(config.compile.cache_dir)
     experiment = describe(config)
     steps.CACHE.clear(keep=experiment.may_use)
@@ -233,7 +240,8 @@ def open_run(
 
         distributed.from_first(open_files)
         kept = _host_state(experiment, host, int(state.examples_seen))
-        run = Run(experiment, pipeline, writer, saver, state, kept)
+        began = start - kept.seconds['wall'] if attempt.began is None else attempt.began
+        run = Run(experiment, pipeline, writer, saver, state, kept, began)
         if attempt.fall_backs is not None:
             run.host.counts['fall_backs'] = attempt.fall_backs
         stack.enter_context(contextlib.closing(run.streams))
@@ -242,6 +250,7 @@ def open_run(
             for spec in experiment.stage_specs(run.upcoming.batch_size):
                 steps.CACHE.precompile(spec)
         stack.enter_context(run.display)
+        run.host.seconds['setup'] += time.perf_counter() - start
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
 

@@ -3,11 +3,12 @@
 import json
 import math
 import pathlib
+import time
 
 import pytest
 from test_train import tiny
 
-from adabatch_jax import benchmark, metrics, train
+from adabatch_jax import benchmark, metrics, run, terminal, train
 
 CONFIG = pathlib.Path(__file__).parent / 'small_run.py'
 
@@ -24,6 +25,12 @@ def test_relative_epochs_are_seconds_an_image_over_those_of_the_first_batch_size
     assert rows[0] == {'batch_size': 10, 'forward': 1.0, 'backward': 1.0, 'both': 1.0}
     expected = {'batch_size': 40, 'forward': 2.0, 'backward': 4.0, 'both': 3.0}
     assert rows[1] == pytest.approx(expected)
+
+
+def test_a_backward_pass_that_is_lost_in_the_noise_has_no_ratio():
+    rows = benchmark.relative_epochs([measured(10, 1.0, 3.0, 4.0), measured(40, 2.0, 1.9, 6.0)])
+    assert rows[1]['backward'] is None and rows[1]['forward'] == 2.0
+    terminal.print_benchmark([measured(10, 1.0, 3.0, 4.0)], rows, {'speedup': None})
 
 
 def test_predicted_seconds_are_those_of_all_updates_of_the_plan():
@@ -49,6 +56,22 @@ def test_shares_of_the_wall_time_add_up():
     found = benchmark.shares(summary | {'stall_seconds': 1.0, 'evaluation_seconds': 0.5})
     assert found['steps'] == 0.625 and found['stall'] == 0.1 and found['checkpoint'] == 0
     assert sum(found.values()) == pytest.approx(1)
+
+
+def test_all_the_time_that_records_take_is_taken_from_the_updates(tmp_path, monkeypatch):
+    """Also of those that are written in a pause, so that what is left for the steps is theirs."""
+    write = run.Run.record
+
+    def slow(self, kind, *args, **fields):
+        if kind == 'train':
+            time.sleep(0.1)
+        write(self, kind, *args, **fields)
+
+    monkeypatch.setattr(run.Run, 'record', slow)
+    config = tiny(num_epochs=1.5, checkpoint_every_epochs=0.08, log_every_steps=1)
+    summary = train.train(config, tmp_path)  # every update is logged in a pause
+    assert summary['log_seconds'] > 0.1 * (summary['updates'] - 1)
+    assert benchmark.shares(summary)['steps'] > 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from test_statistical_policies import NUM_EXAMPLES, make
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import train
+from adabatch_jax import probing, train
 from adabatch_jax.config import ConfigError
 from adabatch_jax.policies import critical_batch
 
@@ -120,6 +120,19 @@ def test_probing_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     assert probed['updates'] == fixed['updates']
     assert probed['probe_examples'] > 0 and probed['probe_seconds'] > 0
     assert 'probe_examples' not in fixed
+
+
+def test_examples_of_probes_are_those_of_all_updates_of_their_branches(tmp_path, monkeypatch):
+    taken = []
+    take = probing.branch_losses
+
+    def counted(run, sizes, num_examples):
+        taken.extend(size * -(-num_examples // size) for size in sizes)
+        return take(run, sizes, num_examples)
+
+    monkeypatch.setattr(probing, 'branch_losses', counted)
+    summary = train.train(tiny(**PROBING), tmp_path)
+    assert summary['probe_examples'] == sum(taken) > 0
 
 
 def test_a_branch_trains_as_a_run_with_its_batch_size_would(tmp_path, monkeypatch):

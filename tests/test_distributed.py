@@ -320,6 +320,43 @@ def test_processes_end_while_they_look_for_failures():
     assert [status for _, status in ends] == [0] * 4, ends
 
 
+def test_processes_with_different_modes_are_refused(whole):
+    command = '-m', 'adabatch_jax.main', f'--workdir={whole}', *FLAGS
+    ends = finish(two((*command, '--mode=plan'), (*command, '--mode=eval')), timeout=120)
+    assert [status for _, status in ends] == [2, 2], ends
+    assert '--mode: got eval here and plan in the first process' in ends[0][0]
+
+
+def test_an_interrupt_ends_a_process_that_waits_for_others():
+    address = f'localhost:{free_port()}'
+    code = (
+        'import sys; from adabatch_jax.distributed import processes as p; p._PATIENCE_SECONDS = 0.1; '
+        'p.join(sys.argv[1], 2, 0)'
+    )
+    waiting = start(('-c', code, address), devices=1)
+    assert 'waiting for the other processes' in waiting.stdout.readline()
+    waiting.send_signal(signal.SIGINT)
+    ((_, status),) = finish([waiting], timeout=60)
+    assert status == -signal.SIGINT
+
+
+def test_processes_evaluate_with_their_own_folders_as_they_train(tmp_path):
+    commands = []
+    for k in range(2):
+        data = tmp_path / f'{k}'
+        data.mkdir()
+        images = np.zeros((64, 8, 8, 1), np.uint8)
+        for split in ('train', 'test'):
+            np.savez(data / f'{split}.npz', images=images, labels=np.arange(64) % 10)
+        flags = f'--workdir={tmp_path / "run"}', '--config.dataset.name=npz', '--config.num_epochs=1'
+        flags += f'--config.dataset.data_dir={data}', '--config.batch.policy=fixed'
+        commands.append(('-m', 'adabatch_jax.main', '--config=tests/small_run.py', *flags))
+    assert [status for _, status in finish(two(*commands))] == [0, 0]
+    shutil.rmtree(tmp_path / '1')
+    ends = finish(two(*((*command, '--mode=eval') for command in commands)))
+    assert [status for _, status in ends] == [2, 2] and f"'{tmp_path / '1'}'" in ends[1][0], ends
+
+
 def test_processes_under_slurm_find_each_other(tmp_path):
     """With the variables that srun sets for two tasks on one node."""
     started = []

@@ -474,6 +474,20 @@ def test_a_run_on_a_folder_counts_what_it_left_out_and_continues_to_the_same_wei
     assert continued['params_digest'] == whole['params_digest']
 
 
+def test_an_update_none_of_whose_images_can_be_decoded_does_not_end_the_run(folder, tmp_path):
+    for file in sorted((folder / 'train').glob('*/*'))[:10]:
+        file.write_bytes(b'no image')
+    config = run_config(
+        folder, **{'batch.base_size': 2, 'batch.policy': 'plateau', 'log_every_steps': 1}
+    )
+    summary = train.train(config, tmp_path / 'run')
+    trains = [r for r in metrics.read_records(tmp_path / 'run') if r['kind'] == 'train']
+    assert summary['updates'] == len(trains) == 30
+    empty = [r for r in trains if r.get('left_out') == r['batch_size']]
+    assert empty and all(r['loss'] is None for r in empty)
+    assert sum(r.get('left_out', 0) for r in trains) == 10 * 4
+
+
 def config_file(folder, config):
     file = folder / 'config.py'
     file.write_text(

@@ -180,6 +180,45 @@ def test_splits_that_are_not_there_are_refused(split):
         datasets.split_range(split, {'train': 200})
 
 
+@pytest.fixture
+def own(monkeypatch):
+    """A data set of one's own, of 12 images, with labels as given."""
+
+    def add(labels, **changes):
+        images = np.zeros((12, 8, 8, 1), np.uint8)
+        fields = {'mean': [100.0], 'std': np.array([50.0])} | changes
+        sizes = {'train': 12, 'test': 12}
+
+        def create(dataset, seed):
+            read = lambda split: (images, labels)  # noqa: E731
+            return input_pipeline.Source([8, 8, 1], 2, sizes=sizes, read=read, **fields)
+
+        monkeypatch.setitem(input_pipeline.SOURCES, 'own', create)
+        config = default_config()
+        config.dataset.name = 'own'
+        return config.dataset
+
+    return add
+
+
+@pytest.mark.parametrize('labels', [np.arange(12, dtype=np.uint8) % 2, [0, 1] * 6])
+def test_labels_of_an_own_data_set_may_be_whole_numbers_of_any_type(own, labels):
+    found = datasets.load_split(own(labels), 'test[:4]')[1]
+    assert found.dtype == np.int32 and found.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize('labels', [np.zeros(8, int), np.zeros(24, int), np.zeros((12, 1), int)])
+def test_an_own_data_set_has_a_label_for_each_image(own, labels):
+    with pytest.raises(ValueError, match=r'and labels \(.*expected \(12, 8, 8, 1\) and \(12,\)'):
+        datasets.load_split(own(labels), 'test')
+
+
+@pytest.mark.parametrize('changes', [{'std': (0.0,)}, {'mean': (1.0, 2.0, 3.0)}])
+def test_an_own_data_set_has_moments_for_each_channel(own, changes):
+    with pytest.raises(ValueError, match='accepted: a number for each of the 1 channels, std above 0'):
+        input_pipeline.dataset_info(own(np.zeros(12, int), **changes))
+
+
 def save_npz(folder, count=12, labels=None, **arrays):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(count, 6, 5, 3), dtype=np.uint8)

@@ -47,6 +47,14 @@ def test_adabatch_at_its_ceiling_leaves_the_decay_to_the_learning_rate():
     assert plan.stages[-1].learning_rate_end == pytest.approx(0.01 * 2 * 0.375**4)
 
 
+def test_a_decay_in_a_warm_up_leaves_a_growth_past_the_ceiling_something_to_do():
+    changes = {'batch.max_size': 256, 'learning_rate.warmup_epochs': 90.0}
+    _, plan = make(**changes, **{'learning_rate.decay_factor': 0.9})
+    assert plan.stages[-1].batch_size == 256
+    with pytest.raises(ValueError, match='growth at epoch 40 has nothing to do'):
+        make(**changes, **{'learning_rate.decay_factor': 1.0})
+
+
 def test_growth_past_the_ceiling_with_nothing_to_do_is_refused():
     with pytest.raises(ValueError, match='growth at epoch 80 has nothing to do'):
         make(**{'batch.max_size': 1024, 'learning_rate.schedule': 'constant'})

@@ -85,6 +85,16 @@ def test_a_window_of_skipped_updates_alone_has_no_loss(broken_rate, tmp_path):
     assert (record['loss'], record['accuracy'], record['skipped']) == (None, None, 4)
 
 
+def test_wall_time_goes_on_when_a_run_falls_back(broken_rate, tmp_path, monkeypatch):
+    broken_rate(9)
+    begun = []
+    begin = run.Run.begin
+    monkeypatch.setattr(run.Run, 'begin', lambda self, why: begun.append(self.began) or begin(self, why))
+    summary = train.train(tiny(**{'divergence.action': 'fall_back'}), tmp_path)
+    assert summary['fall_backs'] == 1 and len(begun) == 2
+    assert begun[0] == begun[1] and summary['setup_seconds'] > 0
+
+
 def test_falling_back_goes_on_from_the_last_checkpoint_with_a_lower_rate(broken_rate, tmp_path):
     broken_rate(9)
     config = tiny(**{'divergence.action': 'fall_back', 'divergence.rate_factor': 0.25})

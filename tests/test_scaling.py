@@ -103,6 +103,18 @@ def test_devices_pay_off_while_twice_as_many_are_half_as_fast_again():
     assert found.worthwhile(1024, 4096) > found.worthwhile(16, 4096)  # larger batches feed more
 
 
+def test_devices_pay_off_over_which_the_batch_divides():
+    found = model(fixed=0.0, per_example=1.0)
+    assert found.worthwhile(18, 6) == 6 and found.worthwhile(18, 8) == 6
+    assert found.worthwhile(36, 64) == 36 and found.worthwhile(7, 6) == 1
+
+
+def test_a_device_computes_no_faster_past_the_last_measurement():
+    found = scaling.Model(1000, scaling.Network(0.0, 0.0), ((2, 1e-3), (64, 2e-3), (128, 1.9e-3)))
+    assert found.compute(96) == pytest.approx(1.95e-3)
+    assert found.compute(512) == found.compute(4096) == 1.9e-3
+
+
 CONFIG = 'tests/small_run.py'
 
 

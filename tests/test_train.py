@@ -14,6 +14,7 @@ from adabatch_jax import checkpoint, metrics, run, steps, train, train_state
 from adabatch_jax.config import ConfigError
 from adabatch_jax.input_pipeline import order
 
+SECONDS = 'setup', 'stall', 'input', 'log', 'evaluation', 'checkpoint'
 FIELDS = {
     'session': {'reason', 'num_processes', 'num_devices', 'device', 'versions'},
     'train': {
@@ -43,7 +44,7 @@ FIELDS = {
         'wall_seconds',
         'train_seconds',
         'compile_seconds',
-        *(f'{what}_seconds' for what in ('stall', 'input', 'log', 'evaluation', 'checkpoint')),
+        *(f'{what}_seconds' for what in SECONDS),
         'cache_hits',
         'cache_misses',
         'final_accuracy',

@@ -8,14 +8,16 @@ the devices, so that nobody waits for the update in flight.
 """
 
 import atexit
+import contextlib
 import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -75,11 +77,12 @@ def join(
         return  # a notebook, which has been using JAX by itself
     waiting = _say_later(coordinator_address)
     try:
-        jax.distributed.initialize(
-            **given,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        with _interruptible():
+            jax.distributed.initialize(
+                **given,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
         devices = [len(jax.local_devices(process_index=k)) for k in range(jax.process_count())]
     except (ValueError, RuntimeError) as error:
         if not some and isinstance(error, ValueError):
@@ -111,6 +114,19 @@ def _say_later(coordinator_address: str | None) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Has an interrupt end this process at once: a handler would not run while JAX waits for others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check(coordinator_address, num_processes, process_id) -> None:

@@ -336,18 +336,22 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     """
     source = _source(dataset, seed)
     chosen = split_range(split, source.sizes)
-    images, labels = source.read(split_name(split))
+    images, labels = map(np.asarray, source.read(split_name(split)))
     expected = (source.sizes[split_name(split)], *source.image_shape)
     if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
         raise ValueError(
             f'data set {dataset.name}, split {split}: got images of {images.dtype} and labels of '
             f'{labels.dtype}; expected uint8 and whole numbers'
         )
-    if images.shape != expected or not 0 <= labels.min() <= labels.max() < source.num_classes:
+    if images.shape != expected or labels.shape != expected[:1]:
         raise ValueError(
             f'data set {dataset.name}, split {split}: got images {images.shape} and labels '
-            f'{labels.min()} to {labels.max()}; expected {expected} and labels from 0 on, below '
-            f'{source.num_classes}'
+            f'{labels.shape}; expected {expected} and {expected[:1]}'
+        )
+    if not 0 <= labels.min() <= labels.max() < source.num_classes:
+        raise ValueError(
+            f'data set {dataset.name}, split {split}: got labels {labels.min()} to {labels.max()}; '
+            f'expected labels from 0 on, below {source.num_classes}'
         )
     part = slice(chosen.start, chosen.stop)
-    return images[part], labels[part]
+    return images[part], labels[part].astype(np.int32)

@@ -25,6 +25,16 @@ class Source:
     read: Callable[[str], tuple[np.ndarray, np.ndarray]] | None  # split -> images uint8, labels int32
     open: Callable[[str], EncodedSplit] | None = None  # instead of ``read``: images stay on disk
 
+    def __post_init__(self):
+        for name in ('image_shape', 'mean', 'std'):  # compiled steps are kept by them, so hashable
+            object.__setattr__(self, name, tuple(np.asarray(getattr(self, name)).tolist()))
+        channels = self.image_shape[-1]
+        if not len(self.mean) == len(self.std) == channels or not min(self.std) > 0:
+            raise ValueError(
+                f'mean and std: got {self.mean} and {self.std}; accepted: a number for each of the '
+                f'{channels} channels, std above 0'
+            )
+
 
 def tfds_dir(dataset) -> pathlib.Path:
     """Where TFDS data are: ``dataset.data_dir``, or the default folder of TFDS."""

@@ -30,8 +30,9 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     if config.learning_rate.rule != 'schedule':  # nothing decays, whatever the batch does
         return PlannedPolicy(transitions)
     for before, event in zip((0, *events), events, strict=False):
-        start, end = clock.epoch(before), clock.epoch(event)
-        if event not in grown and rate.effective_at(end) >= rate.effective_at(start):
+        start, last, end = map(clock.epoch, (before, event - 1, event))
+        # From the last example too: a decay in the middle of a warm-up.
+        if event not in grown and rate.effective_at(end) >= rate.effective_at([start, last]).max():
             raise ValueError(
                 f'max_size: got {batch.max_size}: the growth at epoch {end:g} has nothing to do, '
                 'since the batch is at its ceiling and the effective learning rate does not decay '

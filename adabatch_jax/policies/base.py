@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
@@ -54,6 +55,12 @@ class Decision:
     reason: str
     inputs: dict[str, float] = dataclasses.field(default_factory=dict)
     gain: float | None = None
+
+    def __post_init__(self):  # policies compute with NumPy, whose numbers JSON does not take
+        plain = {key: getattr(x, 'tolist', lambda x=x: x)() for key, x in self.inputs.items()}
+        object.__setattr__(self, 'batch_size', operator.index(self.batch_size))
+        object.__setattr__(self, 'inputs', plain)
+        object.__setattr__(self, 'gain', None if self.gain is None else float(self.gain))
 
 
 class Policy:

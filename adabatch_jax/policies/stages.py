@@ -30,4 +30,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
             )
         reason = f'epoch {epoch:g}: listed stage of batch size {size}'
         transitions.append(Transition(clock.examples(epoch), size, reason))
-    return PlannedPolicy(check_transitions(transitions))
+    try:
+        return PlannedPolicy(check_transitions(transitions))
+    except ValueError as error:
+        raise ValueError(f'stages: {error}') from error

@@ -22,11 +22,11 @@ def check_transitions(transitions: Iterable[Transition]) -> tuple[Transition, ..
     """Returns the transitions as a tuple, or raises ``ValueError`` where they are out of order."""
     transitions = tuple(transitions)
     if not transitions or transitions[0].examples_seen != 0:
-        raise ValueError('stages: the first stage has to start at epoch 0')
+        raise ValueError('the first stage has to start at epoch 0')
     for before, after in zip(transitions, transitions[1:], strict=False):
         if after.examples_seen <= before.examples_seen:
             raise ValueError(
-                f'stages: out of order: the stage of batch size {after.batch_size} starts after '
+                f'out of order: the stage of batch size {after.batch_size} starts after '
                 f'{after.examples_seen} examples, the one before it (batch size '
                 f'{before.batch_size}) after {before.examples_seen}; list them by rising start'
             )
