@@ -246,7 +246,8 @@ class Run:
         statistics = {name: float(sums.pop(name)) for name in STATISTICS if name in sums}
         left_out = update.batch_size - sums['count']
         self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
-        undecoded = 0 if sums['count'] else self.host.counts['undecoded_in_a_row'] + left_out
+        in_a_row = self.host.counts['undecoded_in_a_row'] + update.batch_size
+        undecoded = 0 if sums['count'] else in_a_row
         self.host.counts['undecoded_in_a_row'] = undecoded
         if 0 < undecoded < self.clock.num_examples:  # else there is something to learn, or a mistake
             return

@@ -248,12 +248,12 @@ def test_the_plan_shows_the_highest_rate_of_a_stage(tiny_file, capsys):
 
 
 def test_the_highest_rate_of_a_plan_is_one_that_an_update_has(tiny_file, capsys):
-    """Two updates of 48 of 100 examples an epoch: they begin at 0, 0.48, 1 and 1.48."""
-    flags = ('batch.policy=fixed', 'batch.base_size=48', 'dataset.remainder=drop', 'num_epochs=3.0')
-    rates = ('warmup_epochs=2.0', 'effective=0.1', 'reference_batch_size=48', 'decay_factor=0.1')
+    """Two updates of 24 of 64 examples an epoch: they begin at 0, 0.375, 1 and 1.375."""
+    flags = ('batch.policy=fixed', 'batch.base_size=24', 'dataset.remainder=drop', 'num_epochs=3.0')
+    rates = ('warmup_epochs=2.0', 'effective=0.1', 'reference_batch_size=24', 'decay_factor=0.1')
     flags += tuple(f'learning_rate.{rate}' for rate in (*rates, 'decay_epochs=2.0'))
     call(f'--config={tiny_file}', '--mode=plan', *(f'--config.{flag}' for flag in flags))
-    assert '0 - 0.074 - 0.01' in capsys.readouterr().out
+    assert '0 - 0.06875 - 0.01' in capsys.readouterr().out
 
 
 def test_a_mistake_inside_a_config_file_is_told_with_its_place(tmp_path, capsys):
