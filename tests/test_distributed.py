@@ -334,7 +334,7 @@ def test_an_interrupt_ends_a_process_that_waits_for_others():
         'p.join(sys.argv[1], 2, 0)'
     )
     waiting = start(('-c', code, address), devices=1)
-    assert 'waiting for the other processes' in waiting.stdout.readline()
+    assert any('waiting for the other processes' in line for line in waiting.stdout)
     waiting.send_signal(signal.SIGINT)
     ((_, status),) = finish([waiting], timeout=60)
     assert status == -signal.SIGINT
