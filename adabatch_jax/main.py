@@ -143,11 +143,12 @@ def run(values: flags.FlagValues) -> int:
 
 def agree_on_mode(values: flags.FlagValues) -> None:
     """Refuses modes that differ between processes, which would wait for one another for ever."""
-    first = distributed.from_first(lambda: values.mode) if distributed.is_joined() else values.mode
+    if not distributed.is_joined():
+        return
+    first = distributed.from_first(lambda: values.mode)
     if values.mode != first:
         raise ConfigError(f'--mode: got {values.mode} here and {first} in the first process')
-    if distributed.is_joined():
-        distributed.meet()
+    distributed.meet()
 
 
 def check(values: flags.FlagValues) -> None:

@@ -129,6 +129,7 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
     That this is a function frees the memory of the one before.
     """
     with open_run(config, directory, attempt) as run:
+        attempt = dataclasses.replace(attempt, began=run.began)
         try:
             return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
@@ -140,16 +141,14 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
                     f'processes again with {smaller}, and with --allow_schedule_change'
                 ) from error
             reason = f'update {run.step + 1}: out of memory; microbatches of at most {smaller} examples'
-            return None, dataclasses.replace(
-                attempt, max_per_device=smaller, reason=reason, began=run.began
-            )
+            return None, dataclasses.replace(attempt, max_per_device=smaller, reason=reason)
         except Diverged as error:
             options, fall_backs = config.divergence, run.host.counts['fall_backs'] + 1
             if options.action != 'fall_back' or fall_backs > options.max_fall_backs:
                 raise
             lowered = f'effective learning rate x {options.rate_factor**fall_backs:g}'
             return None, dataclasses.replace(
-                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}', began=run.began
+                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}'
             )
 
 

@@ -347,11 +347,12 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
 
 
 def test_a_benchmark_adds_the_table_of_passes(runs, tmp_path):
-    rows = [{'batch_size': 10, 'forward': 1.0, 'backward': None, 'both': 1.0}]
+    rows = [{'batch_size': 10, 'forward': 1.0, 'backward': 1.0, 'both': 1.0}]
+    rows.append({'batch_size': 20, 'forward': 1.5, 'backward': None, 'both': 2.0})
     result = {'relative_epochs': rows, 'num_devices': 1, 'device': 'cpu', 'versions': {'jax': '1'}}
     (tmp_path / 'b.json').write_text(json.dumps(result))
     page = report.page([str(runs[0])], str(tmp_path / 'b.json'))
-    assert page.tables[1].rows == [('10', '1.00', '-', '1.00')]
+    assert page.tables[1].rows == [('10', '1.00', '1.00', '1.00'), ('20', '1.50', '-', '2.00')]
 
 
 @pytest.mark.parametrize(
