@@ -148,8 +148,7 @@ def scaled(
       experiment: the same.
       result: what was measured, as for the JSON file.
     """
-    params = jax.eval_shape(experiment.initial_state).params
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    num_bytes = experiment.gradient_bytes
     between, seconds = network(values, num_bytes)
     found = {
         'gradient_bytes': num_bytes,

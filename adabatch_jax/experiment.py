@@ -182,6 +182,12 @@ class Experiment:
         return 2 if self.config.learning_rate.rule == 'barzilai_borwein' else 1  # either end of a step
 
     @property
+    def gradient_bytes(self) -> int:
+        """What the devices add up in an update."""
+        params = jax.eval_shape(self.initial_state).params
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+    @property
     def eval_spec(self) -> steps.StepSpec:
         """The evaluation step; its batch is no larger than the split, rounded up to the devices."""
         devices = jax.device_count()
@@ -244,7 +250,7 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
             batch_norm=config.model.batch_norm,
             **_family_options(config.model),
         )
-        has_batch_norm = 'batch_stats' in check_model(model, info.image_shape, info.num_classes)
+        has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
     with user_errors('config.optimizer'):
         options = {key: value for key, value in config.optimizer.items() if key not in ('svrg', 'saga')}
         optimizer = optimizers.create(**options)
@@ -361,37 +367,3 @@ def _family_options(model) -> dict[str, Any]:
     """Options of one family of models, where they are not the default; other families have none."""
     options = {'shortcut': 'projection', 'zero_init_residual': False}
     return {key: model[key] for key, default in options.items() if model[key] != default}
-
-
-def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-    """The shapes of a model's variables.
-
-    Raises:
-      ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
-    """
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-
-    def both(key, images):
-        local = model.clone(batch_norm='local')  # of no groups, and without other devices
-        variables = local.init(key, images, train=False)
-        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-        rngs = {'dropout': key}
-        outputs, _ = local.apply(kept, images, train=True, mutable=['batch_stats'], rngs=rngs)
-        return kept, outputs, local.apply(kept, images, train=False)
-
-    name = type(model).__name__
-    try:
-        variables, *outputs = jax.eval_shape(both, jax.random.key(0), images)
-    except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
-        cause = next(iter(str(error).splitlines()), '')
-        raise ValueError(
-            f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}'
-        ) from error
-    wrong = [getattr(x, 'shape', type(x).__name__) for x in outputs]
-    wrong = [shape for shape in wrong if shape != (2, num_classes)]
-    if wrong:
-        raise ValueError(f'{name} gives {wrong[0]} for 2 images; accepted: logits {(2, num_classes)}')
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)} - {jnp.dtype(jnp.float32)}
-    if dtypes:
-        raise ValueError(f'{name} has variables of {dtypes.pop()}; accepted: float32')
-    return variables

@@ -208,7 +208,7 @@ def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
     terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.policy.note)
     if benchmark:
         with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
-            model = scaling.Model.from_benchmark(json.load(file))
+            model = scaling.Model.from_benchmark(json.load(file), experiment.gradient_bytes)
         terminal.print_worthwhile(experiment.plan, model)
     elif num_devices:
         terminal.say(

@@ -254,17 +254,16 @@ class Run:
         if statistics and all(map(math.isfinite, statistics.values())):
             self.host.window = metrics.add_sums(self.host.window, {**statistics, 'measured': 1})
         self.host.counts['skipped_in_a_row'] = 0
-        self.host.policy = self.experiment.policy.observe(
-            self.host.policy,
-            policies.Observation(
-                self.clock.epoch(update.start),
-                update.batch_size,
-                self.host.observed['learning_rate'],
-                float(metrics.mean_metrics(sums)['loss']),
-                math.nan if steps.CACHE.is_compiling else seconds,
-                **statistics,
-            ),
+        observation = policies.Observation(
+            self.clock.epoch(update.start),
+            update.batch_size,
+            self.host.observed['learning_rate'],
+            float(metrics.mean_metrics(sums)['loss']),
+            math.nan if steps.CACHE.is_compiling else seconds,
+            **statistics,
         )
+        state = self.experiment.policy.observe(self.host.policy, observation)
+        self.host.policy = policies.as_saved(state)
 
     def skip(self, update: schedules.Update, sums: dict[str, Any]) -> None:
         """Counts an update whose loss, gradient or weights are not finite and which was not made.

@@ -95,11 +95,15 @@ class Model:
     computation: tuple[tuple[float, float], ...]
 
     @classmethod
-    def from_benchmark(cls, result: dict[str, Any]) -> 'Model':
+    def from_benchmark(cls, result: dict[str, Any], gradient_bytes: int | None = None) -> 'Model':
         """The model of what ``benchmark --scaling --json`` wrote.
 
+        Args:
+          result: what the file holds.
+          gradient_bytes: of the network that it is wanted for; None for the one that was measured.
+
         Raises:
-          ValueError: it did not write that.
+          ValueError: it did not write that, or measured another network.
         """
         try:
             scaling, num_devices = result['scaling'], result['num_devices']
@@ -108,6 +112,11 @@ class Model:
             updates = {m['batch_size']: m['step_seconds'] for m in result['batch_sizes']}
         except (KeyError, TypeError) as error:
             raise ValueError(f'no figures of benchmark --scaling: {error} is missing') from error
+        if num_bytes != (gradient_bytes or num_bytes):
+            raise ValueError(
+                f'got figures of a network with {num_bytes:,} bytes of gradients; accepted: of one with '
+                f"{gradient_bytes:,}, as the config's has"
+            )
         return cls(num_bytes, network, computation(num_devices, updates, network, num_bytes))
 
     def compute(self, examples: float) -> float:

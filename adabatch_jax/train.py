@@ -20,6 +20,7 @@ from adabatch_jax import (
     distributed,
     memory,
     metrics,
+    policies,
     schedules,
     steps,
     terminal,
@@ -301,7 +302,8 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     policy, now = experiment.policy, schedule_of(experiment.config)
     devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     if saved is None:
-        return HostState(now, policy.initial_state(), ladder=list(policy.ladder), devices=devices)
+        initial = policies.as_saved(policy.initial_state())
+        return HostState(now, initial, ladder=list(policy.ladder), devices=devices)
     names = {field.name for field in dataclasses.fields(HostState)}
     saved = {'gradient_evaluations': examples_seen} | saved  # or of a version that did not count
     host = HostState(**{name: value for name, value in saved.items() if name in names})

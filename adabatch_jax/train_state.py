@@ -12,7 +12,7 @@ In a notebook::
 """
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -89,23 +89,29 @@ def create(
 
 
 def restore(
-    workdir: str | os.PathLike, step: int | None = None, target: TrainState | None = None
+    workdir: str | os.PathLike,
+    step: int | Literal['best'] | None = None,
+    target: TrainState | None = None,
 ) -> TrainState:
     """The state that a work directory holds, on the default device, however many it was trained on.
 
     Args:
       workdir: a run's work directory.
-      step: the update to restore; None for the latest that was saved and is not damaged.
+      step: the update to restore; ``'best'`` for the one with the best accuracy in an evaluation, None
+        for the latest that was saved and is not damaged.
       target: a state of the same structure, from ``create``. Without one, ``opt_state`` comes back
         as plain dictionaries; everything else is the same.
 
     Raises:
-      FileNotFoundError: no checkpoint there, or none of that step; the message lists what exists.
+      FileNotFoundError: no checkpoint there, or not that one; the message lists what exists.
       checkpoint.Damaged: its files are not what was written.
     """
     from adabatch_jax import checkpoint
 
-    tree, _ = checkpoint.restore(os.path.join(workdir, checkpoint.FOLDER), step, target)
+    folder = os.path.join(workdir, checkpoint.FOLDER)
+    if step == 'best' and (step := checkpoint.best_step(folder)) is None:
+        raise FileNotFoundError(f'no evaluated checkpoint in {folder!r}')
+    tree, _ = checkpoint.restore(folder, step, target)
     tree = jax.tree.map(jnp.array, tree)
     return tree if isinstance(tree, TrainState) else TrainState(**tree)
 

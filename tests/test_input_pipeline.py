@@ -180,6 +180,19 @@ def test_splits_that_are_not_there_are_refused(split):
         datasets.split_range(split, {'train': 200})
 
 
+@pytest.mark.parametrize('key', ['train_split', 'eval_split'])
+@pytest.mark.parametrize('name', ['digits', 'npz', 'image_folder'])
+def test_a_split_that_is_not_there_is_named_by_its_key(tmp_path, name, key):
+    save_npz(tmp_path)
+    for split in ('train', 'test'):
+        (tmp_path / split / 'a').mkdir(parents=True)
+    config = default_config()
+    config.dataset.update(dict(name=name, data_dir=str(tmp_path), augment='none'))
+    config.dataset[key] = 'valid'
+    with pytest.raises(ValueError, match=f"^{key}: got 'valid'; accepted: .*(test, train|train, test|)"):
+        input_pipeline.dataset_info(config.dataset)
+
+
 @pytest.fixture
 def own(monkeypatch):
     """A data set of one's own, of 12 images, with labels as given."""

@@ -157,12 +157,17 @@ class Wrong(nn.Module):
         x = images.reshape(len(images), -1)
         if self.how == 'fails in training' and train:
             raise RuntimeError('no such luck')
+        if self.how == 'gives bfloat16':
+            x = x.astype(jnp.bfloat16)
         if self.how == 'draws' and train:
             self.make_rng('noise')
         if self.how == 'keeps':
             self.variable('cache', 'x', jnp.zeros, ()).value = x.sum()
         dtype = jnp.bfloat16 if self.how == 'in bfloat16' else jnp.float32
-        z = nn.Dense(3 if self.how == 'three classes' else self.num_classes, param_dtype=dtype)(x)
+        out = jnp.bfloat16 if self.how == 'gives bfloat16' else None
+        z = nn.Dense(
+            3 if self.how == 'three classes' else self.num_classes, dtype=out, param_dtype=dtype
+        )(x)
         return (z, x) if self.how == 'two results' else z
 
 
@@ -173,6 +178,8 @@ class Wrong(nn.Module):
         ('draws', 'cannot take images of .*noise'),
         ('keeps', 'cannot take images of .*cache'),
         ('in bfloat16', 'has variables of bfloat16; accepted: float32'),
+        ('gives bfloat16', 'has logits of bfloat16; accepted: float32'),
+        (['a list'], 'has lists, dictionaries or arrays as fields; use tuples'),
         ('three classes', r'gives \(2, 3\) for 2 images; accepted: logits \(2, 10\)'),
         ('two results', r'gives tuple for 2 images; accepted: logits'),
     ],

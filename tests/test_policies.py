@@ -1,5 +1,8 @@
 """Each policy's batch sizes against numbers worked by hand."""
 
+import types
+
+import numpy as np
 import pytest
 
 from adabatch_jax import policies, schedules
@@ -223,6 +226,20 @@ def test_plateau_state_is_plain_json():
     policy, _ = make(**{'batch.policy': 'plateau', 'batch.max_size': 512})
     state = policy.observe(policy.initial_state(), Observation(0.0, 128, 0.1, 2.5))
     assert json.loads(json.dumps(state)) == state
+
+
+def test_a_policy_of_ones_own_has_to_name_its_coupling(monkeypatch):
+    monkeypatch.setitem(policies.POLICIES, 'mine', types.SimpleNamespace(create=None))
+    with pytest.raises(ValueError, match="policy: got 'mine', which names no coupling; .* 'linear' or"):
+        make(**{'batch.policy': 'mine'})
+
+
+def test_a_state_is_what_a_checkpoint_gives_back():
+    assert policies.as_saved({'sizes': (1, 2), 'loss': 0.1}) == {'sizes': [1, 2], 'loss': 0.1}
+    assert policies.as_saved({'seen': {8: 1}}) == {'seen': {'8': 1}}
+    for state in ({'loss': np.float32(1)}, {'sizes': {1}}, {'sum': np.zeros(2)}):
+        with pytest.raises(TypeError, match='the state of a policy: Object of type .* accepted: dict'):
+            policies.as_saved(state)
 
 
 def test_unknown_policy_lists_what_exists():

@@ -146,6 +146,11 @@ def test_a_plan_for_other_devices_tells_how_many_pay_off(measured, capsys):
     assert 'Devices that pay off' in output and 'images/s on 8' in output
     assert main.main(arguments) == 0
     assert '--benchmark=FILE' in capsys.readouterr().out
+    wider = '--config.dataset.num_classes=20'
+    assert main.main([*arguments, wider, f'--benchmark={measured / "a.json"}']) == 2
+    error = capsys.readouterr().err
+    assert '--benchmark: got figures of a network with 21,864 bytes' in error
+    assert 'accepted: of one with 23,184' in error
 
 
 @pytest.mark.parametrize(

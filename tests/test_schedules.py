@@ -192,6 +192,7 @@ def test_coupling_scales_the_rate_with_the_batch(coupling, expected):
     many = rate(np.array([0.0, 1.0, 2.0]), np.array([512, 512, 128]))
     np.testing.assert_allclose(many, [expected, expected, 0.2], rtol=1e-12)
     np.testing.assert_allclose(rate.effective_at(np.arange(3.0)), [0.2] * 3, rtol=1e-12)
+    assert LearningRate(0.2, coupling, 128)(0.0, 512) == rate(0.0, 512)
 
 
 def test_optax_schedule_of_a_plan_gives_its_learning_rates_by_update():

@@ -279,6 +279,14 @@ def test_state_survives_json_without_changing_a_decision(name):
     assert policy.observe(copy, observation) == policy.observe(state, observation)
 
 
+def test_a_decision_that_rests_on_measured_times_tells_them():
+    policy = make('goodput')
+    _, state = drive(policy, problem(200.0), epochs=2, seconds=lambda size: 1 + 0.01 * size)
+    inputs = policy.decide(state, 0).inputs
+    assert inputs['seconds_of_64'] == pytest.approx(1.64)
+    assert not [key for key in make('noise_scale').initial_state()['inputs'] if 'seconds' in key]
+
+
 # ----------------------------------------------------------------- steps on the ladder
 
 

@@ -163,6 +163,15 @@ def test_state_digest_and_examples_seen_are_restored_from_the_work_directory(fin
     assert int(state.examples_seen) == metrics.read_records(directory)[-1]['examples_seen']
 
 
+def test_the_best_state_is_restored_by_that_name(finished, tmp_path):
+    directory, _ = finished
+    evaluations = of_kind(directory, 'eval')
+    best = max(evaluations, key=lambda record: (record['accuracy'], record['step']))
+    assert train_state.restore(directory, 'best').step == best['step']
+    with pytest.raises(FileNotFoundError, match='no evaluated checkpoint'):
+        train_state.restore(tmp_path, 'best')
+
+
 def test_the_same_config_gives_the_same_weights(finished, tmp_path):
     assert train.train(tiny(), tmp_path)['params_digest'] == finished[1]['params_digest']
 

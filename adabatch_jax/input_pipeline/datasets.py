@@ -13,7 +13,14 @@ from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import encoded
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 from adabatch_jax.input_pipeline.encoded_sources import image_folder_source, records_source
-from adabatch_jax.input_pipeline.sources import Source, split_name, split_range, tfds_dir
+from adabatch_jax.input_pipeline.sources import (
+    SPLITS,
+    Source,
+    split_name,
+    split_range,
+    tfds_dir,
+    used_splits,
+)
 
 
 class DataError(ValueError):
@@ -122,10 +129,7 @@ def _npz_source(dataset, seed: int) -> Source:
     def read(split):
         return _read_npz(files[split], files[split].stat().st_mtime)
 
-    used = [split_name(split) for split in (dataset.train_split, dataset.eval_split)]
-    for split in used:
-        if split not in files:
-            raise ValueError(f'data split: got {split!r}; accepted: {", ".join(files)}')
+    used = used_splits(dataset, files)
     images, labels = read(used[0])
     counts = np.stack(  # of each pixel value: exact moments without a copy of the images in float
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])]
@@ -312,8 +316,7 @@ def dataset_info(dataset, seed: int = 0) -> DatasetInfo:
         source.num_classes,
         source.mean,
         source.std,
-        len(split_range(dataset.train_split, source.sizes)),
-        len(split_range(dataset.eval_split, source.sizes)),
+        *(len(split_range(dataset[key], source.sizes, key)) for key in SPLITS),
         source.open is not None,
     )
 

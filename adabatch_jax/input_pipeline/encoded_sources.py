@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from adabatch_jax.input_pipeline import encoded
-from adabatch_jax.input_pipeline.sources import Source, split_name, tfds_dir
+from adabatch_jax.input_pipeline.sources import Source, tfds_dir, used_splits
 
 # Those of ImageNet's training images, for every data set of photographs.
 _PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -49,15 +49,12 @@ def image_folder_source(dataset, seed: int) -> Source:
     """``data_dir/SPLIT/CLASS/*.jpg``; the training split's folders are the classes."""
     folder = pathlib.Path(os.path.expanduser(dataset.data_dir))
     splits = sorted(p.name for p in folder.glob('*') if p.is_dir()) if dataset.data_dir else []
-    used = [split_name(split) for split in (dataset.train_split, dataset.eval_split)]
     if not splits:
         raise FileNotFoundError(
             f'data set image_folder: no folders in {str(folder)!r}; set dataset.data_dir to a folder '
             'with train/CLASS/*.jpg and the same for dataset.eval_split'
         )
-    for split in used:
-        if split not in splits:
-            raise ValueError(f'data split: got {split!r}; accepted: {", ".join(splits)}')
+    used = used_splits(dataset, splits)
     classes = encoded.class_folders(folder / used[0])
     if not classes:
         raise ValueError(f'data set image_folder: {str(folder / used[0])!r} has no class folders')

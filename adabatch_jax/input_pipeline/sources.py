@@ -4,12 +4,13 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 
+SPLITS = ('train_split', 'eval_split')  # keys of ``config.dataset``
 _SPLIT = re.compile(r'([\w-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
 
 
@@ -47,8 +48,30 @@ def split_name(split: str) -> str:
     return split.partition('[')[0]
 
 
-def split_range(split: str, sizes: dict[str, int]) -> range:
+def used_splits(dataset, existing: Iterable[str]) -> list[str]:
+    """The splits that a config trains and evaluates on, without their slices.
+
+    Args:
+      dataset: the ``dataset`` part of a config.
+      existing: the splits that there are.
+
+    Raises:
+      ValueError: one that does not exist.
+    """
+    used = {key: split_name(dataset[key]) for key in SPLITS}
+    for key, split in used.items():
+        if split not in existing:
+            raise ValueError(f'{key}: got {split!r}; accepted: {", ".join(existing)}')
+    return list(used.values())
+
+
+def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
     """The examples of a split such as ``'train'``, ``'train[:20%]'`` or ``'test[100:-50]'``.
+
+    Args:
+      split: its name, and a slice.
+      sizes: examples of each split.
+      key: what a mistake is reported of.
 
     Raises:
       ValueError: a split that does not exist, cannot be read, or has no examples.
@@ -56,7 +79,7 @@ def split_range(split: str, sizes: dict[str, int]) -> range:
     match = _SPLIT.fullmatch(split)
     if not match or match[1] not in sizes:
         raise ValueError(
-            f'data split: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
+            f'{key}: got {split!r}; accepted: {", ".join(sizes)}, and slices of them such as '
             f'{next(iter(sizes))}[:20%]'
         )
     size = sizes[match[1]]
@@ -68,5 +91,5 @@ def split_range(split: str, sizes: dict[str, int]) -> range:
 
     chosen = range(size)[bound(match[2]) : bound(match[3])]
     if not chosen:
-        raise ValueError(f'data split: got {split!r}, which has no examples; {match[1]} has {size}')
+        raise ValueError(f'{key}: got {split!r}, which has no examples; {match[1]} has {size}')
     return chosen

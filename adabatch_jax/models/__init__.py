@@ -8,11 +8,13 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, vgg
 from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
 
-__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'get_model']
+__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'get_model']
 
 MODELS = {
     'linear': linear.Linear,
@@ -60,3 +62,41 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f'model {name}: {error}') from error
+
+
+def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """The shapes of a model's variables.
+
+    Raises:
+      ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
+    """
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+
+    def both(key, images):
+        local = model.clone(batch_norm='local')  # of no groups, and without other devices
+        variables = local.init(key, images, train=False)
+        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
+        rngs = {'dropout': key}
+        outputs, _ = local.apply(kept, images, train=True, mutable=['batch_stats'], rngs=rngs)
+        return kept, outputs, local.apply(kept, images, train=False)
+
+    name = type(model).__name__
+    try:
+        variables, *outputs = jax.eval_shape(both, jax.random.key(0), images)
+    except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
+        cause = next(iter(str(error).splitlines()), '')
+        raise ValueError(
+            f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}'
+        ) from error
+    wrong = [getattr(x, 'shape', type(x).__name__) for x in outputs]
+    wrong = [shape for shape in wrong if shape != (2, num_classes)]
+    if wrong:
+        raise ValueError(f'{name} gives {wrong[0]} for 2 images; accepted: logits {(2, num_classes)}')
+    for what, arrays in {'variables': variables, 'logits': outputs}.items():
+        if dtypes := {leaf.dtype for leaf in jax.tree.leaves(arrays)} - {jnp.dtype(jnp.float32)}:
+            raise ValueError(f'{name} has {what} of {dtypes.pop()}; accepted: float32')
+    try:
+        hash(model)  # compiled steps are kept by it
+    except TypeError as error:
+        raise ValueError(f'{name} has lists, dictionaries or arrays as fields; use tuples') from error
+    return variables

@@ -13,8 +13,9 @@ from adabatch_jax.policies.base import (
     PlannedPolicy,
     Policy,
     State,
+    as_saved,
 )
-from adabatch_jax.schedules import Clock, LearningRate
+from adabatch_jax.schedules import COUPLINGS, Clock, LearningRate
 
 __all__ = [
     'POLICIES',
@@ -23,6 +24,7 @@ __all__ = [
     'PlannedPolicy',
     'Policy',
     'State',
+    'as_saved',
     'coupling',
     'create',
 ]
@@ -92,7 +94,12 @@ def coupling(config) -> str:
         return config.learning_rate.coupling
     if config.batch.policy == 'replay':
         return _module(config).load(config.batch.replay)['coupling']
-    own = _module(config).COUPLING
+    own = getattr(_module(config), 'COUPLING', None)
+    if own is None:
+        raise ValueError(
+            f'policy: got {config.batch.policy!r}, which names no coupling; accepted: policies with '
+            f'COUPLING = {" or ".join(map(repr, COUPLINGS))}'
+        )
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
 
 

@@ -1,13 +1,14 @@
 """What a batch-size policy is: decisions from observations, with a state that can be saved."""
 
 import dataclasses
+import json
 import math
 import operator
 from typing import Any
 
 from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
 
-State = dict[str, Any]  # plain JSON types: it travels in the checkpoint
+State = dict[str, Any]  # plain JSON types: it travels in the checkpoint, see ``as_saved``
 ADAPTIVE_OPTIMIZERS = ('adam', 'adamw', 'lamb', 'adagrad')  # whose steps do not grow with the gradient
 
 
@@ -129,6 +130,21 @@ class Policy:
     def decide(self, state: State, examples_seen: int) -> Decision:
         """The batch size of an update that starts at ``examples_seen``."""
         raise NotImplementedError
+
+
+def as_saved(state: State) -> State:
+    """A state as a checkpoint gives it back, so that a run that was stopped decides as any other.
+
+    Raises:
+      TypeError: it holds something else than JSON's types.
+    """
+    try:
+        return json.loads(json.dumps(state))
+    except TypeError as error:
+        raise TypeError(
+            f'the state of a policy: {error}; accepted: dictionaries, lists, strings, plain numbers; '
+            f'got {state}'
+        ) from error
 
 
 class PlannedPolicy(Policy):

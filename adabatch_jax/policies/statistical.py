@@ -124,7 +124,9 @@ class StatisticalPolicy(Policy):
             'rung': target,
             'switches': state['switches'] + 1,
             'reason': f'epoch {epoch:.4g}: {name} asks for {asks} ({because}): from {now} to {new}',
-            'inputs': averages | {'wanted': wanted if math.isfinite(wanted) else None},
+            'inputs': averages
+            | {'wanted': wanted if math.isfinite(wanted) else None}
+            | {f'seconds_of_{size}': seconds for size, seconds in measured_times(state).items()},
         }
 
     def _rung_for(self, rung: int, wanted: float) -> int:

@@ -75,18 +75,20 @@ class LearningRate:
     """``effective(epoch) * (batch_size / reference_batch_size) ** p``.
 
     Attributes:
-      effective: optax schedule over training progress in epochs: the learning rate at the
-        reference batch size. Never over the step count, since a step is worth a different amount
-        of data in each stage.
+      effective: optax schedule over training progress in epochs, or a number for a constant one: the
+        learning rate at the reference batch size. Never over the step count, since a step is worth a
+        different amount of data in each stage.
       coupling: ``'linear'`` (p = 1), ``'sqrt'`` (p = 1/2) or ``'none'`` (p = 0).
       reference_batch_size: the batch size for which the effective rate is stated.
     """
 
-    effective: optax.Schedule
+    effective: optax.ScalarOrSchedule
     coupling: str = 'linear'
     reference_batch_size: int = 128
 
     def __post_init__(self):
+        if not callable(self.effective):
+            object.__setattr__(self, 'effective', optax.constant_schedule(self.effective))
         if self.coupling not in COUPLINGS:
             raise ValueError(f'coupling: got {self.coupling!r}; accepted: {", ".join(COUPLINGS)}')
         if self.reference_batch_size < 1:
