@@ -74,7 +74,9 @@ def _placed(message: str, error: BaseException | None, argv: list[str]) -> str:
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if os.path.realpath(frame.filename) in files:
-                return f'{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})'
+                kind = f'{type(error).__name__}: '
+                message = kind + message.removeprefix(kind)
+                return f'{message} ({frame.filename}, line {frame.lineno})'
         error = error.__cause__ or error.__context__
     return message
 

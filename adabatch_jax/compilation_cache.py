@@ -43,6 +43,11 @@ def totals() -> tuple[int, int]:
     return tuple(_of_process[name] for name in NAMES)
 
 
+def is_enabled() -> bool:
+    """Whether there is a persistent cache."""
+    return bool(jax.config.jax_compilation_cache_dir)
+
+
 @contextlib.contextmanager
 def empty() -> Iterator[None]:
     """An empty cache of its own for a while, to see what compiling takes with it and without."""

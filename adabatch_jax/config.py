@@ -261,6 +261,7 @@ _NOT_NEGATIVE = (
     'optimizer.trust_coefficient',
     'optimizer.epsilon',
 )
+_LARGEST = 2.0**127  # a little less than what float32 can hold
 _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor', 'optimizer.svrg.growth_factor')
 _CHOICES = {
     'model.loss': ('cross_entropy', 'squared', 'hinge'),
@@ -315,6 +316,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
             if not (-math.inf < value < math.inf and is_good(value)):
                 raise ConfigError(f'config.{key}: got {value}; accepted: {accepted}')
 
+    floats = [key for key, value in given.items() if isinstance(value, float) and math.isfinite(value)]
+    check(floats, 'no more than single precision can hold', lambda value: abs(value) <= _LARGEST)
     check(_POSITIVE, 'a positive number', lambda value: value > 0)
     check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
     check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)

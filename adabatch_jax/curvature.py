@@ -99,6 +99,9 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
       like: a pytree of v's shapes and dtypes.
       num_steps: products to take; no more than there are dimensions are taken.
       seed: of the random vectors.
+
+    Returns:
+      As many as there were steps; not numbers where a product is not finite.
     """
     flat, unravel = ravel_pytree(like)
     size, rng = flat.size, np.random.default_rng(seed)
@@ -109,6 +112,8 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
     for k in range(num_steps):
         result = product(unravel(np.asarray(basis[k], flat.dtype)))
         following = np.asarray(ravel_pytree(result)[0], np.float64)
+        if not np.isfinite(following).all():  # of a run that diverged
+            return Eigenvalues(*np.full((2, num_steps), np.nan))
         scale = np.linalg.norm(following)
         diagonal[k] = basis[k] @ following
         for _ in range(2):

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -37,6 +38,9 @@ from adabatch_jax import (
 )
 from adabatch_jax.config import ConfigError, flatten, resolve, user_errors
 from adabatch_jax.experiment import describe
+
+# What a config file can bring, and the work directory's config has the name of only.
+UNKNOWN_NAME = re.compile(r'config\.(model\.name|dataset\.name|batch\.policy): got .*; accepted: ')
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -112,27 +116,18 @@ def run(values: flags.FlagValues) -> int:
     if values.mode == 'plan':
         print_plan(values.config, values.devices, values.benchmark)
         return 0
-    if values.mode == 'eval':
-        config = distributed.from_first(
-            lambda: config_of_run(values.config, values.workdir, ('dataset.eval_split',))
-        )
-        if values.config is not None:
-            own = flatten(values.config)
-            config.update_from_flattened_dict({key: own[key] for key in train.OF_A_MACHINE})
-        result = evaluate.evaluate_checkpoint(
-            resolve(config), values.workdir, values.checkpoint or 'latest', terminal.complain
-        )
-        terminal.print_evaluation(result)
-        return 0
-    if values.mode == 'analyze':
-        distributed.from_first(
-            lambda: analyze(values.config, values.workdir, values.checkpoint or 'all')
-        )
+    if values.mode in ('eval', 'analyze'):
+        try:
+            (evaluate_run if values.mode == 'eval' else analyze_run)(values)
+        except ConfigError as error:
+            if values.config is None and UNKNOWN_NAME.match(str(error)):
+                raise ConfigError(f'{error}; give --config=FILE where the file brings it') from error
+            raise
         return 0
     if values.sweep:
         directory, seeds = pathlib.Path(values.workdir), values.seeds or [values.config.seed]
         seeds = [int(seed) for seed in seeds]
-        original = values['config'].config_filename.partition('.py:')[0].removesuffix('.py') + '.py'
+        original = values['config'].config_filename
         return sweep.run(values.config, original, directory, values.policies, seeds, values.quiet)
     progress.quiet = values.quiet
     try:
@@ -226,12 +221,31 @@ def config_of_run(config, directory: str, may_differ: tuple[str, ...] = ()):
     return config
 
 
-def analyze(config, directory: str, which: str) -> None:
-    """Analyzes checkpoints of a run, and prints what was found."""
-    config = resolve(config_of_run(config, directory))
-    found = analysis.analyze(config, directory, which, terminal.complain, terminal.say)
-    terminal.print_analysis(found)
-    terminal.say(f'written to {pathlib.Path(directory, analysis.FILE)}')
+def evaluate_run(values: flags.FlagValues) -> None:
+    """Evaluates a checkpoint of a run, and prints what was found."""
+    config = distributed.from_first(
+        lambda: config_of_run(values.config, values.workdir, ('dataset.eval_split',))
+    )
+    if values.config is not None:
+        own = flatten(values.config)
+        config.update_from_flattened_dict({key: own[key] for key in train.OF_A_MACHINE})
+    result = evaluate.evaluate_checkpoint(
+        resolve(config), values.workdir, values.checkpoint or 'latest', terminal.complain
+    )
+    terminal.print_evaluation(result)
+
+
+def analyze_run(values: flags.FlagValues) -> None:
+    """Analyzes checkpoints of a run in the first process, and prints what was found."""
+
+    def analyze():
+        config = resolve(config_of_run(values.config, values.workdir))
+        which = values.checkpoint or 'all'
+        found = analysis.analyze(config, values.workdir, which, terminal.complain, terminal.say)
+        terminal.print_analysis(found)
+        terminal.say(f'written to {pathlib.Path(values.workdir, analysis.FILE)}')
+
+    distributed.from_first(analyze)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ class MetricsWriter:
         Args:
           kind: ``session``, ``train``, ``eval``, ``stage`` or ``summary``.
           **fields: ``step``, ``epoch``, ``examples_seen``, ``time`` and those of the kind. A number
-            that is not finite is written as null.
+            that is not finite is written as null, and left out for TensorBoard.
         """
         record = finite({'kind': kind, **fields})
         failing = bool(self._unwritten)
@@ -126,7 +126,7 @@ class MetricsWriter:
                 )
         with contextlib.suppress(OSError):  # the same disk, of which the line above tells
             for events in self._event_files:
-                events.write(kind, fields)
+                events.write(kind, record)
 
     def flush(self) -> None:
         """Writes what could not be written before; raises ``OSError`` where it still cannot."""

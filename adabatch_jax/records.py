@@ -72,8 +72,8 @@ def summary(run) -> dict[str, Any]:
     """Of the ``summary`` record of a run that has ended.
 
     ``cache_hits`` and ``cache_misses`` count what this process found in the persistent cache of compiled
-    code, and what it compiled. Seconds of probes, and counts of what is out of the ordinary, are there
-    where there are any.
+    code, and what it compiled. They, seconds of probes, and counts of what is out of the ordinary are
+    there where there are any.
     """
     host = run.host
     fields = {
@@ -85,7 +85,8 @@ def summary(run) -> dict[str, Any]:
         'best_accuracy': host.best_accuracy,
         'params_digest': train_state.params_digest(run.state),
     }
-    fields |= dict(zip(compilation_cache.NAMES, compilation_cache.totals(), strict=True))
+    if compilation_cache.is_enabled():
+        fields |= dict(zip(compilation_cache.NAMES, compilation_cache.totals(), strict=True))
     fields |= {f'{key}_seconds': host.seconds[key] for key in OVERHEADS}
     if not host.seconds['probe']:
         del fields['probe_seconds']

@@ -48,7 +48,7 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     if benchmark:
         with user_errors('--benchmark'):
             tables.append(passes_table(json.loads(pathlib.Path(benchmark).read_text())))
-    if any(run.minimum for g in groups for run in g.runs):
+    if any(minima(g) for g in groups):
         tables.append(minima_table(groups))
     tables += [stage_table(group) for group in groups]
     return Page(tables, all_figures(groups), [*notes(groups), *refused], len(runs))

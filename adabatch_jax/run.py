@@ -135,8 +135,9 @@ class Run:
         def batch_size_at(examples_seen: int) -> int:
             self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
             if self.decision.batch_size not in policy.ladder:
+                name = self.experiment.config.batch.policy
                 raise ValueError(
-                    f'{policy}: decided {self.decision}; accepted: sizes of {policy.ladder}'
+                    f'policy {name}: got {self.decision}; accepted: batch sizes of {policy.ladder}'
                 )
             return self.decision.batch_size
 

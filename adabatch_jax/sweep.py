@@ -27,7 +27,8 @@ import runpy
 
 from adabatch_jax.config import from_json
 
-runpy.run_path({original!r})  # with the models, data sets and policies that it may add
+# With the models, data sets and policies that it may add, as a whole or for its config.
+runpy.run_path({original!r})['get_config']({variant})
 
 
 def get_config():
@@ -80,7 +81,7 @@ def run(
 
     Args:
       config, names, seeds: as for ``configs``.
-      original: the file that the config is from.
+      original: the file that the config is from, with its variant if it has one: ``FILE.py:VARIANT``.
       directory: of the sweep.
       quiet: for the runs.
 
@@ -95,15 +96,18 @@ def run(
         raise ConfigError('--sweep: got several processes; accepted: one, which starts the others')
     jax.config.update('jax_platforms', 'cpu')  # the accelerator's memory is for the runs
     runs, worst = configs(config, names, seeds), 0
+    path, has_variant, variant = original.partition('.py:')
+    path = pathlib.Path(path.removesuffix('.py') + '.py').absolute()
     for name, run_config in runs.items():  # before anything is written
         workdir.check(resolve(run_config), directory / name)
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')
         parts = {'name': policy, 'seed': seed, 'text': to_json(run_config)}
+        parts |= {'original': str(path), 'variant': repr(variant) if has_variant else ''}
         with user_errors('workdir'):
             directory.mkdir(parents=True, exist_ok=True)
-            file.write_text(_CONFIG.format(**parts, original=str(pathlib.Path(original).absolute())))
+            file.write_text(_CONFIG.format(**parts))
         if not quiet:
             terminal.say(f'run {number} of {len(runs)}: {name}')
         status = _train(file, directory / name, quiet)

@@ -168,11 +168,16 @@ def print_stages(stages: list[dict[str, Any]], end: dict[str, Any], unusual: str
             f'{s["stall_seconds"]:.2f} s',
         )
     _print(table)
+    compiled = 'no persistent cache of compiled code'
+    if 'cache_misses' in end:
+        compiled = (
+            f'compiled by this process: {end["cache_misses"]}, from the persistent cache: '
+            f'{end["cache_hits"]}'
+        )
     _print(
         f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
         f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
-        f'{end["best_accuracy"]:.2%}; compiled by this process: {end["cache_misses"]}, from the '
-        f'persistent cache: {end["cache_hits"]}' + (f'; {unusual}' if unusual else '')
+        f'{end["best_accuracy"]:.2%}; {compiled}' + (f'; {unusual}' if unusual else '')
     )
 
 

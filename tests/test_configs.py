@@ -309,6 +309,14 @@ def test_config_survives_json_and_names_what_differs():
     assert configuration.differences(config, restored) == ['batch.base_size (128 here, 256 there)']
 
 
+def test_numbers_beyond_single_precision_are_refused():
+    for key in ('optimizer.weight_decay', 'learning_rate.effective', 'batch.noise_scale.scale'):
+        config = configuration.default_config()
+        config.update_from_flattened_dict({key: 1e39})
+        with pytest.raises(configuration.ConfigError, match=f'{key}: got 1e.39; .* precision can hold'):
+            configuration.resolve(config)
+
+
 def test_unknown_keys_raise_at_once():
     config = configuration.default_config()
     with pytest.raises(AttributeError, match='base_sise'):

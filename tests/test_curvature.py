@@ -159,6 +159,12 @@ def test_gauss_newton_has_no_negative_eigenvalue_and_the_hessian_has(network):
     assert of_gauss_newton.values[-1] > -3e-5
 
 
+def test_what_is_not_finite_has_no_eigenvalues():
+    found = curvature.lanczos(lambda v: v * np.nan, np.zeros(5, np.float32), 3)
+    np.testing.assert_array_equal(found.values, [np.nan] * 3)
+    np.testing.assert_array_equal(found.residuals, [np.nan] * 3)
+
+
 def test_lanczos_finds_multiple_eigenvalues_and_none_twice():
     spectrum = np.array([7.0, 7, 7, 3, 3, -5, 1, 0, 0, 0], np.float32)
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))

@@ -1,8 +1,10 @@
 """Order, augmentation and batches, against NumPy and against what every example must see once."""
 
 import collections
+import dataclasses
 import gc
 import itertools
+import math
 import weakref
 
 import numpy as np
@@ -174,6 +176,12 @@ def test_splits_are_sliced_by_number_and_percent(split, expected):
     assert datasets.split_range(split, {'train': 200}) == expected
 
 
+@pytest.mark.parametrize('split', ['train[:500%]', 'train[:201]', 'train[-201:]', 'train[101%:]'])
+def test_slices_beyond_a_split_are_refused(split):
+    with pytest.raises(ValueError, match='train_split: got .*, and train has 200 examples'):
+        datasets.split_range(split, {'train': 200}, 'train_split')
+
+
 @pytest.mark.parametrize('split', ['valid', 'train[5', 'train[20:10]', 'train[a:b]', '', 'train[:0%]'])
 def test_splits_that_are_not_there_are_refused(split):
     with pytest.raises(ValueError, match='split: got'):
@@ -226,10 +234,27 @@ def test_an_own_data_set_has_a_label_for_each_image(own, labels):
         datasets.load_split(own(labels), 'test')
 
 
-@pytest.mark.parametrize('changes', [{'std': (0.0,)}, {'mean': (1.0, 2.0, 3.0)}])
+@pytest.mark.parametrize(
+    'changes', [{'std': (0.0,)}, {'mean': (1.0, 2.0, 3.0)}, {'mean': math.nan}, {'std': [math.inf]}]
+)
 def test_an_own_data_set_has_moments_for_each_channel(own, changes):
     with pytest.raises(ValueError, match='accepted: a number for each of the 1 channels, std above 0'):
         input_pipeline.dataset_info(own(np.zeros(12, int), **changes))
+
+
+def test_the_moments_of_one_channel_may_be_numbers(own):
+    info = input_pipeline.dataset_info(own(np.zeros(12, int), mean=3.0, std=2.0))
+    assert (info.mean, info.std) == ((3.0,), (2.0,))
+
+
+@pytest.mark.parametrize('given', [None, ([np.zeros((8, 8, 1)), np.zeros((9, 8, 1))], [0, 1]), 'abc'])
+def test_what_an_own_data_set_reads_has_to_be_images_and_labels(own, monkeypatch, given):
+    dataset = own(np.zeros(12, int))
+    source = input_pipeline.SOURCES['own'](dataset, 0)
+    broken = dataclasses.replace(source, read=lambda split: given)
+    monkeypatch.setitem(input_pipeline.SOURCES, 'own', lambda dataset, seed: broken)
+    with pytest.raises(ValueError, match='data set own, split test: .*; accepted: images of one shape'):
+        datasets.load_split(dataset, 'test')
 
 
 def save_npz(folder, count=12, labels=None, **arrays):
@@ -333,6 +358,20 @@ def test_tfds_data_is_read_from_its_folder(tmp_path):
     loaded, labels = datasets.load_split(config.dataset, 'train[5:]')
     np.testing.assert_array_equal(loaded, images[5:20])
     np.testing.assert_array_equal(labels, np.arange(5, 20) % 10)
+    # Another version than that of TFDS's own code is read as well; damage is told with its file.
+    folder = (tmp_path / 'cifar10/3.0.2').rename(tmp_path / 'cifar10/3.0.1')
+    np.testing.assert_array_equal(datasets.load_split(config.dataset, 'train')[0], images[:20])
+    train, test = (next(folder.glob(f'*-{split}.tfrecord-*')) for split in ('train', 'test'))
+    whole = train.read_bytes()
+    train.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=f'{train.name}.* ends inside a record'):
+        datasets.load_split(config.dataset, 'train')
+    train.write_bytes(whole[:50] + bytes(4) + whole[54:])
+    with pytest.raises(ValueError, match='cannot read .*3.0.1.: corrupted record at 12$'):
+        datasets.load_split(config.dataset, 'train')
+    test.unlink()
+    with pytest.raises(FileNotFoundError, match=f'{test.name}.* is missing; fetch the data set again'):
+        datasets.load_split(config.dataset, 'test')
 
 
 def test_unknown_data_set_lists_what_exists():

@@ -208,6 +208,19 @@ def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_
     assert "model.name ('resnet14' here, 'cnn' there)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('mode', ['eval', 'analyze'])
+@pytest.mark.parametrize('section', ['model', 'dataset'])
+def test_what_a_config_file_brought_has_to_be_brought_again(tiny_file, tmp_path, capsys, mode, section):
+    assert call(f'--config={tiny_file}', f'--workdir={tmp_path}', '--config.num_epochs=0.25') == 0
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config[section]['name'] = 'mine'
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert call(f'--mode={mode}', f'--workdir={tmp_path}') == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: config.{section}.name: got 'mine'; accepted: ")
+    assert error.endswith('; give --config=FILE where the file brings it\n')
+
+
 def test_evaluation_passes_over_a_damaged_checkpoint_in_one_line(tiny_file, tmp_path, capsys):
     workdir = tmp_path / 'run'
     assert call(f'--config={tiny_file}', f'--workdir={workdir}') == 0

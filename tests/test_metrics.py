@@ -41,6 +41,9 @@ def test_readers_take_the_last_record_of_a_step_and_skip_broken_lines(tmp_path):
 def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     write(tmp_path, ('train', 1, float('nan')), ('train', 2, float('inf')))
     assert [r['loss'] for r in metrics.read_records(tmp_path)] == [None, None]
+    (file,) = tmp_path.glob('events.out.tfevents.*')
+    tags = {value.tag for event in read_events(file) for value in event.summary.value}
+    assert 'train/epoch' in tags and 'train/loss' not in tags
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):

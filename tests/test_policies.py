@@ -1,5 +1,6 @@
 """Each policy's batch sizes against numbers worked by hand."""
 
+import json
 import types
 
 import numpy as np
@@ -221,8 +222,6 @@ def test_plateau_stays_at_the_top_of_its_ladder():
 
 
 def test_plateau_state_is_plain_json():
-    import json
-
     policy, _ = make(**{'batch.policy': 'plateau', 'batch.max_size': 512})
     state = policy.observe(policy.initial_state(), Observation(0.0, 128, 0.1, 2.5))
     assert json.loads(json.dumps(state)) == state
@@ -235,11 +234,63 @@ def test_a_policy_of_ones_own_has_to_name_its_coupling(monkeypatch):
 
 
 def test_a_state_is_what_a_checkpoint_gives_back():
-    assert policies.as_saved({'sizes': (1, 2), 'loss': 0.1}) == {'sizes': [1, 2], 'loss': 0.1}
-    assert policies.as_saved({'seen': {8: 1}}) == {'seen': {'8': 1}}
-    for state in ({'loss': np.float32(1)}, {'sizes': {1}}, {'sum': np.zeros(2)}):
-        with pytest.raises(TypeError, match='the state of a policy: Object of type .* accepted: dict'):
-            policies.as_saved(state)
+    state = {'sizes': [1, 2], 'loss': np.float64(0.1), 'best': None, 'of': {'8': {'seen': True}}}
+    saved = policies.as_saved(state)
+    assert saved == state and type(saved['loss']) is float
+
+
+@pytest.mark.parametrize(
+    'state, message',
+    [
+        ({'loss': np.float32(1)}, r"state\['loss'\] of a policy: got np.float32.1.0., a float32"),
+        ({'a': [1, {'sizes': (1, 2)}]}, r"state\['a'\]\[1\]\['sizes'\] of .* a tuple; accepted: dict"),
+        ({'seen': {8: 1}}, r"state\['seen'\] of a policy: got the key 8; accepted: dict with strings"),
+        ({'sum': np.zeros(2)}, 'an? ndarray'),
+    ],
+)
+def test_a_state_that_a_checkpoint_would_change_is_refused(state, message):
+    with pytest.raises(TypeError, match=message):
+        policies.as_saved(state)
+
+
+def of_ones_own(monkeypatch, create):
+    module = types.SimpleNamespace(create=create, COUPLING='linear')
+    monkeypatch.setitem(policies.POLICIES, 'mine', module)
+    return make(1000, **{'batch.policy': 'mine', 'num_epochs': 2.0})
+
+
+def test_a_policy_of_ones_own_may_compute_with_numpy(monkeypatch):
+    sizes = np.array([8, 16])
+
+    def create(config, rate, clock):
+        starts = np.arange(2) * clock.num_examples
+        return policies.PlannedPolicy(map(schedules.Transition, starts, sizes, 'ab'))
+
+    policy, plan = of_ones_own(monkeypatch, create)
+    assert policy.ladder == (8, 16) and [stage.batch_size for stage in plan.stages] == [8, 16]
+    json.dumps(plan.to_dict())
+
+
+@pytest.mark.parametrize(
+    'create, message',
+    [
+        (lambda *_: None, "policy: got 'mine', which creates a NoneType; accepted: a Policy"),
+        (lambda *_: policies.Policy(), 'creates a Policy without transitions, ladder, planned'),
+        (
+            lambda *_: policies.PlannedPolicy([schedules.Transition(0.5, 8, '')]),
+            'examples_seen of a transition: got 0.5; accepted: whole numbers of examples',
+        ),
+    ],
+)
+def test_a_policy_of_ones_own_that_is_none_is_refused(monkeypatch, create, message):
+    with pytest.raises(ValueError, match=message):
+        of_ones_own(monkeypatch, create)
+
+
+@pytest.mark.parametrize('gain', [-1.0, 0.0, float('nan'), float('inf')])
+def test_the_learning_rate_is_multiplied_by_positive_numbers_only(gain):
+    with pytest.raises(ValueError, match='gain of a decision: got .*; accepted: positive numbers'):
+        policies.Decision(8, '', gain=gain)
 
 
 def test_unknown_policy_lists_what_exists():

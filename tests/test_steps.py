@@ -395,6 +395,21 @@ def test_unknown_optimizer_and_model_list_what_exists():
         models.get_model('resnet20', 10, batch_norm='global')
     with pytest.raises(ValueError, match='depth'):
         models.get_model('resnet20', 10, depth=3)
+    with pytest.raises(ValueError, match="statistics: got 'norm'; accepted: '', 'norms', 'inner_prod"):
+        dataclasses.replace(make_spec(), statistics='norm')
+
+
+def test_an_optimizer_without_a_learning_rate_to_set_is_refused_and_optax_has_a_way():
+    spec = dataclasses.replace(make_spec(), optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match='no learning_rate; .* optax.inject_hyperparams'):
+        steps.compile_step(spec)
+    plain = make_spec(momentum=0.9)
+    spec = dataclasses.replace(
+        plain, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.0, momentum=0.9)
+    )
+    batch = make_batch(spec.batch_size)
+    ours, theirs = (run_step(s, make_state(s), batch)[0].params for s in (spec, plain))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
 
 
 def test_a_batch_that_comes_in_parts_gives_the_update_of_the_whole():

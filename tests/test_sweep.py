@@ -102,7 +102,7 @@ def test_a_sweep_is_one_process(monkeypatch, tmp_path):
 def test_a_config_file_that_adds_a_policy_can_be_swept(command_line, tmp_path):
     file = tmp_path / 'mine.py'
     file.write_text(
-        'import types\nfrom adabatch_jax import policies, schedules\n'
+        'import types\nfrom adabatch_jax import models, policies, schedules\n'
         'def create(config, rate, clock):\n'
         '    sizes = enumerate([16, 8])\n'
         '    return policies.PlannedPolicy(tuple('
@@ -112,6 +112,8 @@ def test_a_config_file_that_adds_a_policy_can_be_swept(command_line, tmp_path):
         '    from tests import small_run\n'
         '    config = small_run.get_config()\n'
         '    config.batch.policy = "mine"\n'
+        '    models.MODELS["my_cnn"] = models.MODELS["cnn"]\n'  # or here, instead of above
+        '    config.model.name = "my_cnn"\n'
         '    return config\n'
     )
     arguments = (f'--config={file}', f'--workdir={tmp_path / "sweep"}', '--sweep', '--quiet')

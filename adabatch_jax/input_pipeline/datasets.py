@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import socket
 import urllib.request
 
@@ -210,7 +211,7 @@ def _download(builder, name: str, data_dir: pathlib.Path, given: bool) -> None:
     raise FileNotFoundError(
         f'data set {name}: not found in {str(data_dir)!r}, and {cause[:200]}; run "tfds build {name} '
         '--data_dir=DIR" on a machine with a network and set dataset.data_dir=DIR, which then holds '
-        f'{name}/'
+        f'{name}/VERSION/'
     )
 
 
@@ -228,20 +229,22 @@ def _tfds_source(dataset, seed: int) -> Source:
                 f'data set {name}: needs tensorflow-datasets, which cannot be imported: {error}'
             ) from error
 
-        def prepare():
-            builder = tfds.builder(name, data_dir=data_dir)
-            if not builder.is_prepared():
+        def prepared() -> pathlib.Path:
+            if encoded.tfds_folder(data_dir, name) is None:
+                builder = tfds.builder(name, data_dir=data_dir)
                 _download(builder, name, data_dir, given=bool(dataset.data_dir))
+            return encoded.tfds_folder(data_dir, name)
 
-        distributed.from_first(prepare)  # on a shared disk it is there for all then
-        prepare()
-        builder = tfds.builder(name, data_dir=data_dir)
-        parts = tfds.as_numpy(builder.as_dataset(split=split, batch_size=1000, shuffle_files=False))
+        distributed.from_first(lambda: str(prepared()))  # on a shared disk it is there for all then
+        folder = prepared()
         try:
-            parts = [(part['image'], part['label'].astype(np.int32)) for part in parts]
-        except tf.errors.OpError as error:
-            folder = str(builder.data_dir)
-            raise ValueError(f'data set {name}: cannot read {folder!r}: {error.message}') from error
+            builder = tfds.builder_from_directory(folder)
+            parts = builder.as_dataset(split=split, batch_size=1000, shuffle_files=False)
+            parts = [(p['image'], p['label'].astype(np.int32)) for p in tfds.as_numpy(parts)]
+        except (tf.errors.OpError, FileNotFoundError, ValueError) as error:
+            encoded.records_split(encoded.records_info(folder), split)  # names a file that is not whole
+            cause = re.sub(r'\{\{.*?\}\} *| *\[Op:.*', '', str(getattr(error, 'message', error)))
+            raise ValueError(f'data set {name}: cannot read {str(folder)!r}: {cause}') from error
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     sizes = {'train': num_train, 'test': num_test}
@@ -339,7 +342,14 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     """
     source = _source(dataset, seed)
     chosen = split_range(split, source.sizes)
-    images, labels = map(np.asarray, source.read(split_name(split)))
+    given = source.read(split_name(split))
+    try:
+        images, labels = map(np.asarray, given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'data set {dataset.name}, split {split}: {error}; accepted: images of one shape and '
+            'their labels'
+        ) from error
     expected = (source.sizes[split_name(split)], *source.image_shape)
     if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
         raise ValueError(

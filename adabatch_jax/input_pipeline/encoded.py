@@ -177,6 +177,9 @@ def records_split(info: RecordsInfo, split: str) -> EncodedSplit:
     """
     count = len(info.shards[split])
     paths = [info.folder / f'{info.name}-{split}.tfrecord-{k:05d}-of-{count:05d}' for k in range(count)]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f'{str(path)!r} is missing; fetch the data set again')
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(_index_records, paths))
     for path, (offsets, _), expected in zip(paths, tables, info.shards[split], strict=True):

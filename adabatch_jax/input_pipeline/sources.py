@@ -28,9 +28,11 @@ class Source:
 
     def __post_init__(self):
         for name in ('image_shape', 'mean', 'std'):  # compiled steps are kept by them, so hashable
-            object.__setattr__(self, name, tuple(np.asarray(getattr(self, name)).tolist()))
+            value = np.atleast_1d(getattr(self, name)).tolist()
+            object.__setattr__(self, name, tuple(value))
         channels = self.image_shape[-1]
-        if not len(self.mean) == len(self.std) == channels or not min(self.std) > 0:
+        is_right = len(self.mean) == len(self.std) == channels and np.all(np.isfinite(self.mean))
+        if not is_right or not 0 < min(self.std) <= max(self.std) < np.inf:
             raise ValueError(
                 f'mean and std: got {self.mean} and {self.std}; accepted: a number for each of the '
                 f'{channels} channels, std above 0'
@@ -87,7 +89,11 @@ def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
     def bound(text):
         if text is None:
             return None
-        return round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
+        is_share = text.endswith('%')
+        number, most = int(text.removesuffix('%')), 100 if is_share else size
+        if abs(number) > most:
+            raise ValueError(f'{key}: got {split!r}, and {match[1]} has {size} examples')
+        return round(number * size / 100) if is_share else number
 
     chosen = range(size)[bound(match[2]) : bound(match[3])]
     if not chosen:

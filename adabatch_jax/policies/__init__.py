@@ -5,6 +5,7 @@ compiled steps stays bounded.
 """
 
 import importlib
+import operator
 
 from adabatch_jax.policies.base import (
     ADAPTIVE_OPTIMIZERS,
@@ -70,6 +71,14 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
             f'learning_rate.rule {rule!r}; choose another policy or rule schedule'
         )
     policy = module.create(config, rate, clock)
+    missing = [name for name in ('transitions', 'ladder', 'planned') if not hasattr(policy, name)]
+    if not isinstance(policy, Policy) or missing:
+        without = f' without {", ".join(missing)}' * isinstance(policy, Policy)
+        raise ValueError(
+            f'policy: got {config.batch.policy!r}, which creates a {type(policy).__name__}{without}; '
+            'accepted: a Policy with transitions, ladder and planned'
+        )
+    policy.ladder = tuple(map(operator.index, policy.ladder))
     if rule != 'schedule':
         policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
     measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from adabatch_jax.schedules import Clock, Transition, grow, ladder, transition_at
@@ -61,7 +62,10 @@ class Decision:
         plain = {key: getattr(x, 'tolist', lambda x=x: x)() for key, x in self.inputs.items()}
         object.__setattr__(self, 'batch_size', operator.index(self.batch_size))
         object.__setattr__(self, 'inputs', plain)
-        object.__setattr__(self, 'gain', None if self.gain is None else float(self.gain))
+        if self.gain is not None:
+            object.__setattr__(self, 'gain', float(self.gain))
+            if not 0 < self.gain < math.inf:
+                raise ValueError(f'gain of a decision: got {self.gain}; accepted: positive numbers')
 
 
 class Policy:
@@ -138,13 +142,23 @@ def as_saved(state: State) -> State:
     Raises:
       TypeError: it holds something else than JSON's types.
     """
-    try:
-        return json.loads(json.dumps(state))
-    except TypeError as error:
-        raise TypeError(
-            f'the state of a policy: {error}; accepted: dictionaries, lists, strings, plain numbers; '
-            f'got {state}'
-        ) from error
+    _check_is_plain(state, 'state')
+    return json.loads(json.dumps(state))
+
+
+def _check_is_plain(value: Any, name: str) -> None:
+    accepted = 'dict with strings as keys, list, str, int, float, bool and None'
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f'{name} of a policy: got the key {key!r}; accepted: {accepted}')
+            _check_is_plain(item, f'{name}[{key!r}]')
+    elif isinstance(value, list):
+        for k, item in enumerate(value):
+            _check_is_plain(item, f'{name}[{k}]')
+    elif not isinstance(value, str | int | float | None):
+        kind = type(value).__name__
+        raise TypeError(f'{name} of a policy: got {value!r}, a {kind}; accepted: {accepted}')
 
 
 class PlannedPolicy(Policy):
@@ -152,9 +166,9 @@ class PlannedPolicy(Policy):
 
     planned = True
 
-    def __init__(self, transitions: tuple[Transition, ...]):
-        self.transitions = transitions
-        self.ladder = tuple(sorted({t.batch_size for t in transitions}))
+    def __init__(self, transitions: Iterable[Transition]):
+        self.transitions = tuple(transitions)
+        self.ladder = tuple(sorted({t.batch_size for t in self.transitions}))
 
     def decide(self, state: State, examples_seen: int) -> Decision:
         transition = transition_at(self.transitions, examples_seen)

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -16,6 +17,16 @@ class Transition:
     examples_seen: int
     batch_size: int
     reason: str
+
+    def __post_init__(self):  # plans and records are JSON, which does not take NumPy's numbers
+        for name in ('examples_seen', 'batch_size'):
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError as error:
+                raise ValueError(
+                    f'{name} of a transition: got {getattr(self, name)!r}; accepted: whole numbers of '
+                    'examples, such as clock.examples(epoch)'
+                ) from error
 
 
 def check_transitions(transitions: Iterable[Transition]) -> tuple[Transition, ...]:

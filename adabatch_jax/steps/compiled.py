@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from adabatch_jax import compilation_cache, malloc, train_state
 from adabatch_jax.steps.pure import (
@@ -106,6 +107,11 @@ def _shapes(spec: StepSpec) -> tuple:
     )
     if not spec.train:
         return state.variables, batch_shapes(spec)
+    if optax.tree.get(state.opt_state, 'learning_rate') is None:
+        raise ValueError(
+            'optimizer: got one whose state has no learning_rate; accepted: of optimizers.create, or '
+            'optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
+        )
     scalars = (jax.ShapeDtypeStruct(_updates(spec), dtype) for dtype in (jnp.float32, jnp.uint32))
     return state, batch_shapes(spec), *scalars
 

@@ -84,6 +84,11 @@ class StepSpec:
     snapshot: bool = False
     quick: bool = False
 
+    def __post_init__(self):
+        if self.statistics not in STATISTICS:
+            accepted = ', '.join(map(repr, STATISTICS))
+            raise ValueError(f'statistics: got {self.statistics!r}; accepted: {accepted}')
+
     @property
     def num_groups(self) -> int:
         """The parts of one device's share whose gradients are kept apart."""
