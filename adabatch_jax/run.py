@@ -135,10 +135,8 @@ class Run:
         def batch_size_at(examples_seen: int) -> int:
             self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
             if self.decision.batch_size not in policy.ladder:
-                name = self.experiment.config.batch.policy
-                raise ValueError(
-                    f'policy {name}: got {self.decision}; accepted: batch sizes of {policy.ladder}'
-                )
+                name = type(policy).__name__
+                raise ValueError(f'{name}: got {self.decision}; accepted: sizes of {policy.ladder}')
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
@@ -317,9 +315,11 @@ class Run:
             self.host.seconds['compile'] += self.stream.compile_seconds
             fields = records.stage(self, stall_seconds, continued=not new)
             self.record('stage', self.step, self.examples_seen, **fields)
+            count = fields['num_microbatches']
+            size = f'{update.batch_size} in {count} microbatches' if count > 1 else update.batch_size
             self.display.say(
-                f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {update.batch_size}, '
-                f'learning rate {self.learning_rate(update):.5g} ({self.decision.reason})'
+                f'epoch {self.epoch:.4g}: stage {self.host.stage}, batch size {size}, learning rate '
+                f'{self.learning_rate(update):.5g} ({self.decision.reason})'
             )
         if self.experiment.config.compile.precompile:
             for later in self.experiment.specs_after(update.batch_size, self.examples_seen):

@@ -289,6 +289,17 @@ def test_npz_folder_gives_its_shape_moments_and_images(tmp_path):
     np.testing.assert_array_equal(loaded[1], labels[:5])
 
 
+def test_moments_are_exact_in_parts_and_of_images_of_one_value(monkeypatch):
+    images = np.random.default_rng(0).integers(256, size=(11, 6, 5, 3), dtype=np.uint8)
+    monkeypatch.setattr(datasets, '_COUNTED', 4 * 6 * 5 * 3)
+    mean, std = datasets._moments(images)
+    np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, images.std(axis=(0, 1, 2)), rtol=1e-9)
+    for value in range(256):
+        mean, std = datasets._moments(np.full((7, 3, 3, 1), value, np.uint8))
+        assert mean == pytest.approx(value) and std == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     'arrays, message',
     [

@@ -51,6 +51,7 @@ def test_trains_then_evaluates_then_finds_nothing_left(tiny_file, tmp_path, caps
     assert call(*flags) == 0
     shown = capsys.readouterr().out
     assert 'stage 1, batch size 16' in shown and 'Stages' in shown
+    assert 'microbatches' not in shown
     summary = metrics.read_records(workdir)[-1]
     assert f'accuracy {summary["final_accuracy"]:.2%}' in shown
 

@@ -242,9 +242,10 @@ def test_a_plan_knows_how_many_examples_are_behind_each_statistic(changes, over)
     assert [described.normalised_over(stage) for stage in described.plan.stages] == over
 
 
-def test_a_run_whose_batches_come_in_parts_trains_as_one_whose_do_not(tmp_path, monkeypatch):
+def test_a_run_whose_batches_come_in_parts_trains_as_one_whose_do_not(tmp_path, monkeypatch, capsys):
     config = make_config(**{'batch.max_per_device': 2, 'checkpoint_every_epochs': 1.0})
     train.train(config, tmp_path / 'whole')
+    assert 'stage 2, batch size 32 in 8 microbatches, learning rate' in capsys.readouterr().out
     monkeypatch.setattr(experiment, 'PART_BYTES', 2 * 2 * 8 * 8 * 3)  # two microbatches of two images
     described = describe(resolve(config))
     assert [described.train_spec(size).num_parts for size in (8, 16, 32)] == [1, 2, 4]

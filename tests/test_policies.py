@@ -271,11 +271,20 @@ def test_a_policy_of_ones_own_may_compute_with_numpy(monkeypatch):
     json.dumps(plan.to_dict())
 
 
+class Decides(policies.Policy):
+    transitions, planned = (schedules.Transition(0, 8, ''),), False
+    ladder = (np.int64(8),)
+
+
 @pytest.mark.parametrize(
     'create, message',
     [
         (lambda *_: None, "policy: got 'mine', which creates a NoneType; accepted: a Policy"),
-        (lambda *_: policies.Policy(), 'creates a Policy without transitions, ladder, planned'),
+        (
+            lambda *_: policies.Policy(),
+            'creates a Policy; accepted: .* transitions, ladder, planned',
+        ),
+        (lambda *_: Decides(), r"policy: got 'mine' with the ladder \(np.int64\(8\),\); accepted: int"),
         (
             lambda *_: policies.PlannedPolicy([schedules.Transition(0.5, 8, '')]),
             'examples_seen of a transition: got 0.5; accepted: whole numbers of examples',

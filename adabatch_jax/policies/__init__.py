@@ -5,7 +5,7 @@ compiled steps stays bounded.
 """
 
 import importlib
-import operator
+from typing import Any
 
 from adabatch_jax.policies.base import (
     ADAPTIVE_OPTIMIZERS,
@@ -71,20 +71,24 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
             f'learning_rate.rule {rule!r}; choose another policy or rule schedule'
         )
     policy = module.create(config, rate, clock)
-    missing = [name for name in ('transitions', 'ladder', 'planned') if not hasattr(policy, name)]
-    if not isinstance(policy, Policy) or missing:
-        without = f' without {", ".join(missing)}' * isinstance(policy, Policy)
-        raise ValueError(
-            f'policy: got {config.batch.policy!r}, which creates a {type(policy).__name__}{without}; '
-            'accepted: a Policy with transitions, ladder and planned'
-        )
-    policy.ladder = tuple(map(operator.index, policy.ladder))
+    _check(config.batch.policy, policy)
     if rule != 'schedule':
         policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
     measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     if measured and not policy.statistics:
         policy.statistics = 'norms'
     return policy
+
+
+def _check(name: str, policy: Any) -> None:
+    needed = ('transitions', 'ladder', 'planned')
+    if not isinstance(policy, Policy) or not all(hasattr(policy, attribute) for attribute in needed):
+        raise ValueError(
+            f'policy: got {name!r}, which creates a {type(policy).__name__}; accepted: a Policy with '
+            f'{", ".join(needed)}'
+        )
+    if not all(type(size) is int for size in policy.ladder):
+        raise ValueError(f'policy: got {name!r} with the ladder {policy.ladder}; accepted: int')
 
 
 def coupling(config) -> str:
