@@ -39,7 +39,7 @@ from adabatch_jax import (
 from adabatch_jax.config import ConfigError, flatten, resolve, user_errors
 from adabatch_jax.experiment import describe
 
-# What a config file can bring, and the work directory's config has the name of only.
+# What a config file can add, and the work directory has only the name of.
 UNKNOWN_NAME = re.compile(r'config\.(model\.name|dataset\.name|batch\.policy): got .*; accepted: ')
 
 
@@ -121,7 +121,9 @@ def run(values: flags.FlagValues) -> int:
             (evaluate_run if values.mode == 'eval' else analyze_run)(values)
         except ConfigError as error:
             if values.config is None and UNKNOWN_NAME.match(str(error)):
-                raise ConfigError(f'{error}; give --config=FILE where the file brings it') from error
+                raise ConfigError(
+                    f'{error}; if a config file adds it, give --config=FILE too'
+                ) from error
             raise
         return 0
     if values.sweep:

@@ -211,7 +211,9 @@ def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_
 
 @pytest.mark.parametrize('mode', ['eval', 'analyze'])
 @pytest.mark.parametrize('section', ['model', 'dataset'])
-def test_what_a_config_file_brought_has_to_be_brought_again(tiny_file, tmp_path, capsys, mode, section):
+def test_what_a_config_file_added_is_missed_with_a_hint_at_the_file(
+    tiny_file, tmp_path, capsys, mode, section
+):
     assert call(f'--config={tiny_file}', f'--workdir={tmp_path}', '--config.num_epochs=0.25') == 0
     config = json.loads((tmp_path / 'config.json').read_text())
     config[section]['name'] = 'mine'
@@ -219,7 +221,7 @@ def test_what_a_config_file_brought_has_to_be_brought_again(tiny_file, tmp_path,
     assert call(f'--mode={mode}', f'--workdir={tmp_path}') == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: config.{section}.name: got 'mine'; accepted: ")
-    assert error.endswith('; give --config=FILE where the file brings it\n')
+    assert error.endswith('; if a config file adds it, give --config=FILE too\n')
 
 
 def test_evaluation_passes_over_a_damaged_checkpoint_in_one_line(tiny_file, tmp_path, capsys):
