@@ -107,7 +107,7 @@ def _shapes(spec: StepSpec) -> tuple:
     )
     if not spec.train:
         return state.variables, batch_shapes(spec)
-    if optax.tree.get(state.opt_state, 'learning_rate') is None:
+    if not optax.tree.get_all_with_path(state.opt_state, 'learning_rate'):
         raise ValueError(
             'optimizer: got one whose state has no learning_rate; accepted: of optimizers.create, or '
             'optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
