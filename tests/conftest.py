@@ -8,10 +8,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='adabatch-test-cache-')
 # Most of the time goes into compiling small steps. For the code as runs have it: XLA_FLAGS='' pytest.
-# XLA does not start with a flag that it does not have: the second is gone from newer versions.
+# XLA does not start with a flag that it does not have: the third is gone from newer versions.
 os.environ.setdefault(
     'XLA_FLAGS',
-    '--xla_backend_optimization_level=0'
+    '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
     + ' --xla_cpu_use_fusion_emitters=false' * metadata.version('jaxlib').startswith('0.10.'),
 )
 

@@ -92,6 +92,8 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
     wrong = [shape for shape in wrong if shape != (2, num_classes)]
     if wrong:
         raise ValueError(f'{name} gives {wrong[0]} for 2 images; accepted: logits {(2, num_classes)}')
+    if 'params' not in variables:
+        raise ValueError(f'{name} has no parameters; accepted: a network that can be trained')
     for what, arrays in {'variables': variables, 'logits': outputs}.items():
         if dtypes := {leaf.dtype for leaf in jax.tree.leaves(arrays)} - {jnp.dtype(jnp.float32)}:
             raise ValueError(f'{name} has {what} of {dtypes.pop()}; accepted: float32')
