@@ -92,7 +92,9 @@ def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
         is_share = text.endswith('%')
         number, most = int(text.removesuffix('%')), 100 if is_share else size
         if abs(number) > most:
-            raise ValueError(f'{key}: got {split!r}, and {match[1]} has {size} examples')
+            raise ValueError(
+                f'{key}: got {split!r}; accepted: up to 100% or {size}, the examples of {match[1]}'
+            )
         return round(number * size / 100) if is_share else number
 
     chosen = range(size)[bound(match[2]) : bound(match[3])]
