@@ -12,12 +12,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import shutil
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -203,7 +204,7 @@ def best_step(directory: str | os.PathLike) -> int | None:
 
 def restore(
     directory: str | os.PathLike,
-    step: int | None = None,
+    step: int | Literal['best'] | None = None,
     target: Any = None,
     report: Callable[[str], Any] = warnings.warn,
 ) -> tuple[Any, dict[str, Any]]:
@@ -211,7 +212,7 @@ def restore(
 
     Args:
       directory: the folder of the checkpoints.
-      step: which one; None for the latest.
+      step: which one; ``'best'`` for that of ``best_step``, None for the latest.
       target: pytree of arrays or shapes that gives the structure; None for the structure that was
         saved, in dictionaries.
       report: takes a line about each damaged one that was passed over.
@@ -226,6 +227,9 @@ def restore(
     """
     directory = pathlib.Path(directory).absolute()
     existing = steps(directory)
+    if step == 'best' and (step := best_step(directory)) is None:
+        raise FileNotFoundError(f'no evaluated checkpoint in {str(directory)!r}')
+    step = None if step is None else operator.index(step)
     if not existing or (step is not None and step not in existing):
         what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
         have = f'; it has those of steps {", ".join(map(str, existing))}' if existing else ''

@@ -261,7 +261,7 @@ _NOT_NEGATIVE = (
     'optimizer.trust_coefficient',
     'optimizer.epsilon',
 )
-_LARGEST = 2.0**127  # a little less than what float32 can hold
+_LARGEST = 2.0**127  # half of what float32 can hold
 _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor', 'optimizer.svrg.growth_factor')
 _CHOICES = {
     'model.loss': ('cross_entropy', 'squared', 'hinge'),
@@ -316,8 +316,6 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
             if not (-math.inf < value < math.inf and is_good(value)):
                 raise ConfigError(f'config.{key}: got {value}; accepted: {accepted}')
 
-    floats = [key for key, value in given.items() if isinstance(value, float) and math.isfinite(value)]
-    check(floats, 'no more than single precision can hold', lambda value: abs(value) <= _LARGEST)
     check(_POSITIVE, 'a positive number', lambda value: value > 0)
     check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
     check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
@@ -330,6 +328,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     check(averages, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     check(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)
     check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
+    floats = [key for key, default in defaults.items() if isinstance(default, float)]
+    check(floats, 'no more than single precision can hold', lambda value: abs(value) <= _LARGEST)
     for key, accepted in _CHOICES.items():
         if given[key] not in accepted:
             raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')

@@ -75,9 +75,7 @@ def evaluate_checkpoint(
     def read():
         nonlocal state
         with user_errors('workdir'):
-            step = checkpoint.best_step(folder) if which == 'best' else None
-            if which == 'best' and step is None:
-                raise ConfigError(f'workdir: no evaluated checkpoint in {str(folder)!r}')
+            step = 'best' if which == 'best' else None
             state, _ = checkpoint.restore(folder, step, state, report)
 
     distributed.from_first(read)

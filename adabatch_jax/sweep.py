@@ -98,16 +98,18 @@ def run(
     runs, worst = configs(config, names, seeds), 0
     path, has_variant, variant = original.partition('.py:')
     path = pathlib.Path(path.removesuffix('.py') + '.py').absolute()
+    argument = repr(variant) if has_variant else ''
     for name, run_config in runs.items():  # before anything is written
         workdir.check(resolve(run_config), directory / name)
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')
-        parts = {'name': policy, 'seed': seed, 'text': to_json(run_config)}
-        parts |= {'original': str(path), 'variant': repr(variant) if has_variant else ''}
+        text = _CONFIG.format(
+            name=policy, seed=seed, text=to_json(run_config), original=str(path), variant=argument
+        )
         with user_errors('workdir'):
             directory.mkdir(parents=True, exist_ok=True)
-            file.write_text(_CONFIG.format(**parts))
+            file.write_text(text)
         if not quiet:
             terminal.say(f'run {number} of {len(runs)}: {name}')
         status = _train(file, directory / name, quiet)

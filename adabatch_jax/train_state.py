@@ -11,7 +11,6 @@ In a notebook::
 ``experiment.describe(config).train_spec(...).normalize``.
 """
 
-import operator
 import os
 from typing import Any, Literal
 
@@ -110,9 +109,6 @@ def restore(
     from adabatch_jax import checkpoint
 
     folder = os.path.join(os.path.expanduser(workdir), checkpoint.FOLDER)
-    if step == 'best' and (step := checkpoint.best_step(folder)) is None:
-        raise FileNotFoundError(f'no evaluated checkpoint in {folder!r}')
-    step = None if step is None else operator.index(step)
     tree, _ = checkpoint.restore(folder, step, target)
     tree = jax.tree.map(jnp.array, tree)
     return tree if isinstance(tree, TrainState) else TrainState(**tree)

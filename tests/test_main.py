@@ -210,17 +210,18 @@ def test_evaluating_with_another_config_than_the_runs_is_refused(tiny_file, tmp_
 
 
 @pytest.mark.parametrize('mode', ['eval', 'analyze'])
-@pytest.mark.parametrize('section', ['model', 'dataset'])
+@pytest.mark.parametrize('key', ['model.name', 'dataset.name', 'batch.policy'])
 def test_what_a_config_file_added_is_missed_with_a_hint_at_the_file(
-    tiny_file, tmp_path, capsys, mode, section
+    tiny_file, tmp_path, capsys, mode, key
 ):
     assert call(f'--config={tiny_file}', f'--workdir={tmp_path}', '--config.num_epochs=0.25') == 0
     config = json.loads((tmp_path / 'config.json').read_text())
-    config[section]['name'] = 'mine'
+    section, _, name = key.partition('.')
+    config[section][name] = 'mine'
     (tmp_path / 'config.json').write_text(json.dumps(config))
     assert call(f'--mode={mode}', f'--workdir={tmp_path}') == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: config.{section}.name: got 'mine'; accepted: ")
+    assert error.startswith(f"error: config.{key}: got 'mine'; accepted: ")
     assert error.endswith('; if a config file adds it, give --config=FILE too\n')
 
 

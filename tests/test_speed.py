@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import of_kind, tiny
 
-from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, train
+from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, terminal, train
 from adabatch_jax.config import resolve
 
 DEVICE = {'dataset.pipeline': 'device'}
@@ -170,3 +170,15 @@ def test_hits_and_misses_are_counted_over_all_threads():
     hits, misses = (b - a for a, b in zip(before, compilation_cache.totals(), strict=True))
     assert not first.cache_hit and misses > 0
     assert second.cache_hit == (hits > 0)
+
+
+def test_without_a_persistent_cache_nothing_is_said_to_come_from_it(tmp_path, monkeypatch, capsys):
+    cache = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+    try:
+        summary = train.train(tiny(**{'num_epochs': 0.5, 'compile.cache_dir': ''}), tmp_path)
+    finally:
+        jax.config.update('jax_compilation_cache_dir', cache)
+    assert not {'cache_hits', 'cache_misses'} & summary.keys()
+    terminal.print_stages([], summary)
+    assert 'no persistent cache of compiled code' in capsys.readouterr().out

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from adabatch_jax import checkpoint, metrics, run, steps, terminal, train, train_state
+from adabatch_jax import checkpoint, metrics, run, steps, train, train_state
 from adabatch_jax.config import ConfigError
 from adabatch_jax.input_pipeline import order
 
@@ -161,18 +161,6 @@ def test_state_digest_and_examples_seen_are_restored_from_the_work_directory(fin
     assert train_state.params_digest(state) == summary['params_digest']
     assert int(state.step) == summary['updates']
     assert int(state.examples_seen) == metrics.read_records(directory)[-1]['examples_seen']
-
-
-def test_without_a_persistent_cache_nothing_is_said_to_come_from_it(tmp_path, monkeypatch, capsys):
-    cache = jax.config.jax_compilation_cache_dir
-    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-    try:
-        summary = train.train(tiny(**{'num_epochs': 0.5, 'compile.cache_dir': ''}), tmp_path)
-    finally:
-        jax.config.update('jax_compilation_cache_dir', cache)
-    assert not {'cache_hits', 'cache_misses'} & summary.keys()
-    terminal.print_stages([], summary)
-    assert 'no persistent cache of compiled code' in capsys.readouterr().out
 
 
 def test_the_best_state_is_restored_by_that_name(finished, tmp_path):

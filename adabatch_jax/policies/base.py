@@ -1,7 +1,6 @@
 """What a batch-size policy is: decisions from observations, with a state that can be saved."""
 
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Iterable
@@ -137,29 +136,30 @@ class Policy:
         raise NotImplementedError
 
 
-def as_saved(state: State) -> State:
+def as_saved(state: Any, name: str = 'state') -> Any:
     """A state as a checkpoint gives it back, so that a run that was stopped decides as any other.
+
+    Args:
+      state: of a policy, or a part of one.
+      name: what a mistake is reported of.
 
     Raises:
       TypeError: it holds something else than JSON's types.
     """
-    _check_is_plain(state, 'state')
-    return json.loads(json.dumps(state))
-
-
-def _check_is_plain(value: Any, name: str) -> None:
     accepted = 'dict with strings as keys, list, str, int, float, bool and None'
-    if isinstance(value, dict):
-        for key, item in value.items():
+    if isinstance(state, dict):
+        for key in state:
             if not isinstance(key, str):
                 raise TypeError(f'{name} of a policy: got the key {key!r}; accepted: {accepted}')
-            _check_is_plain(item, f'{name}[{key!r}]')
-    elif isinstance(value, list):
-        for k, item in enumerate(value):
-            _check_is_plain(item, f'{name}[{k}]')
-    elif not isinstance(value, str | int | float | None):
-        kind = type(value).__name__
-        raise TypeError(f'{name} of a policy: got {value!r}, a {kind}; accepted: {accepted}')
+        return {key: as_saved(item, f'{name}[{key!r}]') for key, item in state.items()}
+    if isinstance(state, list):
+        return [as_saved(item, f'{name}[{k}]') for k, item in enumerate(state)]
+    if isinstance(state, float):
+        return float(state)  # NumPy's float64 is one, and computes in another way
+    if not isinstance(state, str | int | None):
+        kind = type(state).__name__
+        raise TypeError(f'{name} of a policy: got {state!r}, a {kind}; accepted: {accepted}')
+    return state
 
 
 class PlannedPolicy(Policy):

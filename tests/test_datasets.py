@@ -1,0 +1,243 @@
+"""Data sets by name, their splits and slices, and what of one's own is refused."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from adabatch_jax import input_pipeline
+from adabatch_jax.config import default_config
+from adabatch_jax.input_pipeline import datasets
+
+
+@pytest.mark.parametrize(
+    'split, expected',
+    [
+        ('train', range(200)),
+        ('train[:20%]', range(40)),
+        ('train[50%:]', range(100, 200)),
+        ('train[10:-10]', range(10, 190)),
+        ('train[-5:]', range(195, 200)),
+    ],
+)
+def test_splits_are_sliced_by_number_and_percent(split, expected):
+    assert datasets.split_range(split, {'train': 200}) == expected
+
+
+@pytest.mark.parametrize('split', ['train[:500%]', 'train[:201]', 'train[-201:]', 'train[101%:]'])
+def test_slices_beyond_a_split_are_refused(split):
+    with pytest.raises(
+        ValueError, match='train_split: got .*; accepted: up to 100% or 200, the examples of train'
+    ):
+        datasets.split_range(split, {'train': 200}, 'train_split')
+
+
+@pytest.mark.parametrize('split', ['valid', 'train[5', 'train[20:10]', 'train[a:b]', '', 'train[:0%]'])
+def test_splits_that_are_not_there_are_refused(split):
+    with pytest.raises(ValueError, match='split: got'):
+        datasets.split_range(split, {'train': 200})
+
+
+@pytest.mark.parametrize('key', ['train_split', 'eval_split'])
+@pytest.mark.parametrize('name', ['digits', 'npz', 'image_folder'])
+def test_a_split_that_is_not_there_is_named_by_its_key(tmp_path, name, key):
+    save_npz(tmp_path)
+    for split in ('train', 'test'):
+        (tmp_path / split / 'a').mkdir(parents=True)
+    config = default_config()
+    config.dataset.update(dict(name=name, data_dir=str(tmp_path), augment='none'))
+    config.dataset[key] = 'valid'
+    with pytest.raises(ValueError, match=f"^{key}: got 'valid'; accepted: .*(test, train|train, test|)"):
+        input_pipeline.dataset_info(config.dataset)
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A data set of one's own, of 12 images, with labels as given."""
+
+    def add(labels, **changes):
+        images = np.zeros((12, 8, 8, 1), np.uint8)
+        fields = {'mean': [100.0], 'std': np.array([50.0])} | changes
+        sizes = {'train': 12, 'test': 12}
+
+        def create(dataset, seed):
+            read = lambda split: (images, labels)  # noqa: E731
+            return input_pipeline.Source([8, 8, 1], 2, sizes=sizes, read=read, **fields)
+
+        monkeypatch.setitem(input_pipeline.SOURCES, 'own', create)
+        config = default_config()
+        config.dataset.name = 'own'
+        return config.dataset
+
+    return add
+
+
+@pytest.mark.parametrize('labels', [np.arange(12, dtype=np.uint8) % 2, [0, 1] * 6])
+def test_labels_of_an_own_data_set_may_be_whole_numbers_of_any_type(own, labels):
+    found = datasets.load_split(own(labels), 'test[:4]')[1]
+    assert found.dtype == np.int32 and found.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize('labels', [np.zeros(8, int), np.zeros(24, int), np.zeros((12, 1), int)])
+def test_an_own_data_set_has_a_label_for_each_image(own, labels):
+    with pytest.raises(ValueError, match=r'and labels \(.*expected \(12, 8, 8, 1\) and \(12,\)'):
+        datasets.load_split(own(labels), 'test')
+
+
+@pytest.mark.parametrize(
+    'changes', [{'std': (0.0,)}, {'mean': (1.0, 2.0, 3.0)}, {'mean': math.nan}, {'std': [math.inf]}]
+)
+def test_an_own_data_set_has_moments_for_each_channel(own, changes):
+    with pytest.raises(ValueError, match='accepted: a number for each of the 1 channels, std above 0'):
+        input_pipeline.dataset_info(own(np.zeros(12, int), **changes))
+
+
+def test_the_moments_of_one_channel_may_be_numbers(own):
+    info = input_pipeline.dataset_info(own(np.zeros(12, int), mean=3.0, std=2.0))
+    assert (info.mean, info.std) == ((3.0,), (2.0,))
+
+
+@pytest.mark.parametrize('given', [None, ([np.zeros((8, 8, 1)), np.zeros((9, 8, 1))], [0, 1]), 'abc'])
+def test_what_an_own_data_set_reads_has_to_be_images_and_labels(own, monkeypatch, given):
+    dataset = own(np.zeros(12, int))
+    source = input_pipeline.SOURCES['own'](dataset, 0)
+    broken = dataclasses.replace(source, read=lambda split: given)
+    monkeypatch.setitem(input_pipeline.SOURCES, 'own', lambda dataset, seed: broken)
+    with pytest.raises(ValueError, match='data set own, split test: .*; accepted: images of one shape'):
+        datasets.load_split(dataset, 'test')
+
+
+def save_npz(folder, count=12, labels=None, **arrays):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(count, 6, 5, 3), dtype=np.uint8)
+    labels = np.arange(count) % 3 if labels is None else labels
+    for split in ('train', 'test'):
+        np.savez(folder / f'{split}.npz', **({'images': images, 'labels': labels} | arrays))
+    return images, labels
+
+
+def test_npz_folder_may_hold_other_files(tmp_path):
+    save_npz(tmp_path)
+    np.savez(tmp_path / 'stats.npz', mean=0.0)
+    assert input_pipeline.dataset_info(npz_config(tmp_path)).num_eval == 12
+
+
+def npz_config(folder):
+    config = default_config()
+    config.dataset.update(dict(name='npz', data_dir=str(folder)))
+    return config.dataset
+
+
+def test_npz_folder_gives_its_shape_moments_and_images(tmp_path):
+    images, labels = save_npz(tmp_path)
+    info = input_pipeline.dataset_info(npz_config(tmp_path))
+    assert (info.image_shape, info.num_classes, info.num_train) == ((6, 5, 3), 3, 12)
+    np.testing.assert_allclose(info.mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(info.std, images.std(axis=(0, 1, 2)), rtol=1e-9)
+    loaded = datasets.load_split(npz_config(tmp_path), 'test[:5]')
+    np.testing.assert_array_equal(loaded[0], images[:5])
+    np.testing.assert_array_equal(loaded[1], labels[:5])
+
+
+def test_moments_are_exact_in_parts_and_of_images_of_one_value(monkeypatch):
+    images = np.random.default_rng(0).integers(256, size=(11, 6, 5, 3), dtype=np.uint8)
+    monkeypatch.setattr(datasets, '_COUNTED', 4 * 6 * 5 * 3)
+    mean, std = datasets._moments(images)
+    np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, images.std(axis=(0, 1, 2)), rtol=1e-9)
+    for value in range(256):
+        mean, std = datasets._moments(np.full((7, 3, 3, 1), value, np.uint8))
+        assert mean == pytest.approx(value) and std == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    'arrays, message',
+    [
+        ({'images': np.zeros((12, 6, 5, 3))}, 'accepted: uint8'),
+        ({'labels': np.zeros(11, int)}, 'whole numbers from 0'),
+        (
+            {'labels': np.full(12, -1)},
+            'int64 and shape .12,., -1 to -1; accepted: 12 whole numbers from 0',
+        ),
+        ({'labels': np.array([0] * 11 + [2**32 + 1])}, '0 to 4294967297; .* below 1,048,576'),
+        ({'labels': np.array([0] * 11 + [2**63 + 1], np.uint64)}, '0 to 9223372036854775809'),
+        ({'labels': np.array([0] * 11 + [2**31 - 1], np.int32)}, '0 to 2147483647'),
+        ({'labels': np.array([{}] * 12, object)}, 'cannot read'),
+    ],
+)
+def test_npz_with_wrong_arrays_is_refused(tmp_path, arrays, message):
+    save_npz(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+
+
+def test_npz_that_is_missing_or_damaged_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no .npz file in'):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+    save_npz(tmp_path)
+    (tmp_path / 'train.npz').write_bytes((tmp_path / 'train.npz').read_bytes()[:300])
+    with pytest.raises(ValueError, match='cannot read .*train.npz'):
+        input_pipeline.dataset_info(npz_config(tmp_path))
+
+
+def test_tfds_data_that_is_missing_names_the_folder_and_the_way_out(tmp_path):
+    config = default_config()
+    config.dataset.data_dir = str(tmp_path)
+    assert input_pipeline.dataset_info(config.dataset).num_train == 50_000  # the plan needs no data
+    with pytest.raises(FileNotFoundError) as raised:
+        datasets.load_split(config.dataset, 'train')
+    assert str(tmp_path) in str(raised.value) and 'tfds build cifar10' in str(raised.value)
+
+
+def test_tfds_data_is_read_from_its_folder(tmp_path):
+    """A folder in TFDS's own format, made here with TFDS's own writer."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name='cifar10',
+        version='3.0.2',
+        data_dir=tmp_path,
+        split_datasets={
+            name: [(k, {'id': str(k), 'image': x, 'label': k % 10}) for k, x in enumerate(part)]
+            for name, part in (('train', images[:20]), ('test', images[20:]))
+        },
+        features=tfds.features.FeaturesDict(
+            {
+                'id': tfds.features.Text(),
+                'image': tfds.features.Image(shape=(32, 32, 3), encoding_format='png'),
+                'label': tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    config = default_config()
+    config.dataset.data_dir = str(tmp_path)
+    info = input_pipeline.dataset_info(config.dataset)
+    assert (info.num_train, info.num_eval) == (20, 10)
+    loaded, labels = datasets.load_split(config.dataset, 'train[5:]')
+    np.testing.assert_array_equal(loaded, images[5:20])
+    np.testing.assert_array_equal(labels, np.arange(5, 20) % 10)
+    # Another version than that of TFDS's own code is read as well; damage is told with its file.
+    folder = (tmp_path / 'cifar10/3.0.2').rename(tmp_path / 'cifar10/3.0.1')
+    np.testing.assert_array_equal(datasets.load_split(config.dataset, 'train')[0], images[:20])
+    train, test = (next(folder.glob(f'*-{split}.tfrecord-*')) for split in ('train', 'test'))
+    whole = train.read_bytes()
+    train.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=f'{train.name}.* ends inside a record'):
+        datasets.load_split(config.dataset, 'train')
+    train.write_bytes(whole[:50] + bytes(4) + whole[54:])
+    with pytest.raises(ValueError, match='cannot read .*3.0.1.: corrupted record at 12$'):
+        datasets.load_split(config.dataset, 'train')
+    test.unlink()
+    with pytest.raises(FileNotFoundError, match=f'{test.name}.* is missing; fetch the data set again'):
+        datasets.load_split(config.dataset, 'test')
+
+
+def test_unknown_data_set_lists_what_exists():
+    config = default_config()
+    config.dataset.name = 'cifar'
+    with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz"):
+        input_pipeline.dataset_info(config.dataset)
