@@ -123,8 +123,8 @@ def unravel_as(flat, tree):
 def products(network):
     loss, outputs, of_outputs, params, *_ = network
     return (
-        lambda v: curvature.hessian_product(loss, params, v),
-        lambda v: curvature.gauss_newton_product(outputs, of_outputs, params, v),
+        jax.jit(lambda v: curvature.hessian_product(loss, params, v)),
+        jax.jit(lambda v: curvature.gauss_newton_product(outputs, of_outputs, params, v)),
     )
 
 

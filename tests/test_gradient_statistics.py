@@ -151,14 +151,16 @@ def trained():
     def grads():
         """Mean gradients of the microbatches, one after the other."""
 
-        def loss(params, images, labels):
+        @jax.jit
+        @jax.grad
+        def gradient(params, images, labels):
             normalised = (images.astype(np.float32) - 128) / 64
             variables = {'params': params, 'batch_stats': state.batch_stats}
             logits, _ = model.apply(variables, normalised, train=True, mutable=['batch_stats'])
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
 
         parts = [(device, half) for device in (0, 1) for half in (slice(0, 4), slice(4, 8))]
-        all_ = [jax.grad(loss)(state.params, images[d, h], labels[d, h]) for d, h in parts]
+        all_ = [gradient(state.params, images[d, h], labels[d, h]) for d, h in parts]
         return jax.tree.map(lambda *g: jnp.stack(g), *all_)
 
     run.grads = functools.cache(grads)

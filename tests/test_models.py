@@ -66,7 +66,8 @@ def test_every_model_gives_float32_logits_in_half_precision_too(name, batch_norm
 
 def test_zero_initialised_residuals_start_as_the_identity():
     model = models.get_model('resnet18', 10, zero_init_residual=True)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)['params']
+    init = jax.jit(functools.partial(model.init, train=False))
+    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
     scales = [params[name]['scale'] for name in params if name.startswith('BatchNorm')]
     assert sum(1 for scale in scales if not scale.any()) == 8  # one in each block
 

@@ -29,8 +29,8 @@ def digits(optimizer, batch_size=4, **changes):
     config = default_config()
     config.num_epochs = 2.0
     config.model.name = 'linear'
-    config.dataset.update(dict(name='digits', augment='none', train_split='train[:120]'))
-    config.dataset.eval_split = 'train[:120]'
+    config.dataset.update(dict(name='digits', augment='none', pipeline='device'))
+    config.dataset.update(dict(train_split='train[:120]', eval_split='train[:120]'))
     config.batch.update(dict(policy='fixed', base_size=batch_size))
     config.learning_rate.update(dict(effective=0.02, schedule='constant', coupling='none'))
     config.optimizer.update(dict(name=optimizer, momentum=0.9, weight_decay=0.01))
@@ -464,7 +464,7 @@ def convex_runs(tmp_path_factory):
     found = {}
     for method in convex['METHODS']:
         folder, config = tmp_path_factory.mktemp(method), convex['get_config'](f'generated_{method}')
-        config.num_epochs = config.checkpoint_every_epochs = 40.0
+        config.num_epochs = config.checkpoint_every_epochs = config.eval_every_epochs = 40.0
         config.dataset.num_examples = 400
         config.analysis.update(dict(subspace=0, lanczos_steps=0, trace_samples=0, num_examples=10))
         train(config, folder)

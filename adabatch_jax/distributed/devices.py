@@ -35,8 +35,12 @@ def replicate(tree: Any) -> Any:
     What comes straight from the host can share its memory, and is not donated; what comes out of a
     compiled function is.
     """
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    return copy(put_everywhere(tree))
+    return _copy(put_everywhere(tree))
+
+
+@jax.jit  # one for all calls, or each of them would compile it anew
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 def put_everywhere(tree: Any) -> Any:
