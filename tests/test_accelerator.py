@@ -1,0 +1,99 @@
+"""What an accelerator gets, as far as a CPU can tell: layouts, full dispatches, portable programs."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from test_train import of_kind, tiny
+
+from adabatch_jax import experiment, models, steps, train, train_state
+from adabatch_jax.config import resolve
+from adabatch_jax.models import conv
+from adabatch_jax.steps import compiled, pure
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Sets what all code takes the backend for; nothing that was traced for another is used again."""
+
+    def set_to(name):
+        monkeypatch.setattr(jax, 'default_backend', lambda: name)
+        steps.CACHE.clear()
+        jax.clear_caches()
+
+    yield set_to
+    monkeypatch.undo()
+    steps.CACHE.clear()
+    jax.clear_caches()
+
+
+SIZES = {'cnn': 8, 'resnet8': 8, 'wrn16_4': 4, 'alexnet_cifar': 32, 'vgg11_bn': 32, 'resnet18': 32}
+
+
+@pytest.mark.parametrize('batch_norm', ['local', 'ghost:4'])
+@pytest.mark.parametrize('name', SIZES)
+def test_a_network_is_the_same_function_in_the_layout_of_an_accelerator(name, batch_norm, backend):
+    model = models.get_model(name, 5, batch_norm=batch_norm)
+    shape = (8, SIZES[name], SIZES[name], 3)
+    images = jax.random.normal(jax.random.key(1), shape)
+
+    def outputs():
+        @jax.jit
+        def both(key, images):
+            variables = model.init(key, images, train=False)
+            trained = model.apply(variables, images, train=True, mutable=['batch_stats'])
+            return variables, trained, model.apply(variables, images, train=False)
+
+        return jax.device_get(both(jax.random.key(0), images))
+
+    backend('cpu')
+    assert conv.enter(images).ndim == 5
+    ours = outputs()
+    backend('gpu')
+    assert conv.enter(images) is images
+    for a, b in zip(*map(jax.tree.leaves, (ours, outputs())), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+
+
+def test_a_run_with_the_defaults_of_an_accelerator_is_that_of_the_cpu_up_to_rounding(backend, tmp_path):
+    ends = {}
+    for name in ('cpu', 'gpu'):
+        backend(name)
+        config = tiny(**{'dataset.num_examples': 96, 'model.batch_norm': 'ghost:4'})
+        train.train(config, tmp_path / name)
+        stages = of_kind(tmp_path / name, 'stage')
+        assert all((stage['updates_per_dispatch'] > 1) == (name == 'gpu') for stage in stages[:1])
+        ends[name] = train_state.restore(tmp_path / name)
+    assert int(ends['cpu'].step) == int(ends['gpu'].step) > 10
+    for a, b in zip(*(jax.tree.leaves(state.params) for state in ends.values()), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'model.name': 'resnet20', 'model.dtype': 'bfloat16'},
+        {'model.name': 'resnet50', 'model.batch_norm': 'sync', 'dataset.image_size': 64},
+        {'model.name': 'vgg19_bn', 'dataset.image_size': 32, 'optimizer.name': 'lars'},
+        {'batch.policy': 'noise_scale', 'model.name': 'alexnet_cifar', 'dataset.image_size': 32},
+        {'batch.policy': 'inner_product', 'batch.max_per_device': 2, 'model.batch_norm': 'ghost:2'},
+        {'batch.policy': 'big_batch', 'learning_rate.rule': 'barzilai_borwein'},
+        {'model.name': 'linear', 'dataset.augment': 'none', 'optimizer.name': 'saga'},
+        {'optimizer.name': 'svrg', 'divergence.action': 'skip'},
+    ],
+    ids=lambda changes: ' '.join(map(str, changes.values())),
+)
+def test_train_steps_are_programs_for_accelerators_made_of_operations_that_xla_has_everywhere(
+    changes, platform, backend
+):
+    backend('gpu')
+    parts = experiment.describe(resolve(tiny(**changes)))
+    for count, spec in parts.train_specs(8).items():
+        update = functools.partial(pure.train_steps if count > 1 else pure.train_step, spec)
+        axes = (None, compiled._batch_axes(spec), None, None)
+        step = jax.pmap(update, compiled.AXIS_NAME, in_axes=axes, out_axes=None)
+        exported = jax.export.export(jax.jit(lambda *args: step(*args)), platforms=[platform])  # noqa: B023
+        program = exported(*compiled._shapes(spec)).mlir_module()
+        assert 'custom_call' not in program
