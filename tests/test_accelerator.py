@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_train import of_kind, tiny
 
-from adabatch_jax import experiment, models, steps, train, train_state
+from adabatch_jax import experiment, input_pipeline, models, steps, train, train_state
 from adabatch_jax.config import resolve
+from adabatch_jax.input_pipeline import order
 from adabatch_jax.models import conv
 from adabatch_jax.steps import compiled, pure
 
@@ -68,6 +69,26 @@ def test_a_run_with_the_defaults_of_an_accelerator_is_that_of_the_cpu_up_to_roun
     assert int(ends['cpu'].step) == int(ends['gpu'].step) > 10
     for a, b in zip(*(jax.tree.leaves(state.params) for state in ends.values()), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize('padding', [0, 1, 4])
+def test_every_backend_cuts_the_windows_that_numpy_does(backend, padding):
+    rng, count = np.random.default_rng(0), 40
+    load = input_pipeline.Load(count, (6, 5, 3), padding, flip=True)
+    images = rng.integers(1, 256, (count, 6, 5, 3), np.uint8)
+    data = {'image': images.reshape(count, -1), 'label': np.arange(count), 'seed': np.uint32(7)}
+    examples = {'example': rng.permutation(count).astype(np.int32), 'epoch': np.arange(count)}
+    index, around = examples['example'], (padding, padding)
+    padded = np.pad(images, ((0, 0), around, around, (0, 0)))
+    offsets, mirrored = order.crop_and_flip(7, examples['epoch'], index, padding, flip=True)
+    assert 0 < mirrored.sum() < count and offsets.min() == 0 and offsets.max() == 2 * padding
+    windows = [padded[k, y : y + 6, x : x + 5] for k, (y, x) in zip(index, offsets, strict=True)]
+    expected = [x[:, ::-1] if flip else x for x, flip in zip(windows, mirrored, strict=True)]
+    for name in ('cpu', 'gpu', 'tpu'):
+        backend(name)
+        found, labels = jax.jit(lambda data, examples: load(data, examples))(data, examples)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(labels, index)
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])

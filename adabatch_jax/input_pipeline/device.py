@@ -5,12 +5,14 @@ pipelines, and so are their pixels.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
@@ -26,7 +28,7 @@ class Load:
     Attributes:
       num_examples: in the data set.
       image_shape: height, width, channels.
-      padding: pixels of zeros around the stored images, before a random crop.
+      padding: pixels of zeros around an image, before a random crop.
       flip: whether to mirror half of the images.
     """
 
@@ -36,12 +38,12 @@ class Load:
     flip: bool
 
     def data_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the data set as it is stored: images with their padding, so that a crop is one copy.
+        """Of the data set as it is stored, and of the ``seed`` of its augmentation.
 
-        With it, ``seed`` of the augmentation.
+        An image is a row of a matrix: of arrays with more axes a TPU would make a copy in another layout
+        with every call of a step, five times as large as the data.
         """
-        height, width, channels = self.image_shape
-        stored = (self.num_examples, height + 2 * self.padding, width + 2 * self.padding, channels)
+        stored = (self.num_examples, math.prod(self.image_shape))
         return {
             'image': jax.ShapeDtypeStruct(stored, jnp.uint8),
             'label': jax.ShapeDtypeStruct((self.num_examples,), jnp.int32),
@@ -66,15 +68,34 @@ class Load:
         offsets, mirrored = order.crop_and_flip(
             data['seed'], examples['epoch'], index, self.padding, self.flip, jnp
         )
-
-        def crop(index, offset):
-            start = (index, *offset, 0)
-            return jax.lax.dynamic_slice(data['image'], start, (1, *self.image_shape))[0]
-
-        images = jax.vmap(crop)(index, offsets)
+        images = data['image'][index].reshape(-1, *self.image_shape)
+        if self.padding:
+            images = _crop(images, offsets, self.padding)
         if self.flip:
             images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         return images, data['label'][index]
+
+
+def _crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
+    """A window of its own size from each image ``[n, height, width, channels]`` with zeros around it.
+
+    Args:
+      images: of any dtype.
+      offsets: of the windows from the top and the left, int32 ``[n, 2]`` in ``[0, 2 * padding]``.
+      padding: pixels of zeros on every side.
+    """
+    shape, around = images.shape[1:], (padding, padding)
+    padded = jnp.pad(images, ((0, 0), around, around, (0, 0)))
+    if jax.default_backend() != 'tpu':
+        return jax.vmap(lambda x, offset: lax.dynamic_slice(x, (*offset, 0), shape))(padded, offsets)
+    # A TPU would slice one image after the other. It chooses among all windows at once.
+    for axis, size in ((1, shape[0]), (2, shape[1])):
+        offset = offsets[:, axis - 1][:, None, None, None]
+        windows = [lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * padding + 1)]
+        padded = windows[0]
+        for k in range(1, len(windows)):
+            padded = jnp.where(offset == k, windows[k], padded)
+    return padded
 
 
 class DevicePipeline(InMemory):
@@ -84,9 +105,8 @@ class DevicePipeline(InMemory):
         super().__init__(config)
         self._examples_at = examples_at
         images, labels = self.train
-        padding = (load.padding, load.padding)
-        images = np.pad(images, ((0, 0), padding, padding, (0, 0)))
-        data = {'image': images, 'label': labels, 'seed': np.uint32(config.seed)}
+        rows = images.reshape(len(images), -1)
+        data = {'image': rows, 'label': labels, 'seed': np.uint32(config.seed)}
         self._data = distributed.put_everywhere(data)
         self.train = None
 
