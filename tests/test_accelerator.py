@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from test_train import of_kind, tiny
 
 from adabatch_jax import experiment, input_pipeline, models, steps, train, train_state
@@ -118,3 +119,18 @@ def test_train_steps_are_programs_for_accelerators_made_of_operations_that_xla_h
         exported = jax.export.export(jax.jit(lambda *args: step(*args)), platforms=[platform])  # noqa: B023
         program = exported(*compiled._shapes(spec)).mlir_module()
         assert 'custom_call' not in program
+
+
+def test_a_tpu_makes_no_copy_of_the_data_for_a_batch(backend, monkeypatch):
+    """By its compiler, which needs no TPU, and is no part of the tests' requirements."""
+    pytest.importorskip('libtpu')
+    monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+    monkeypatch.setenv('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+    monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'localhost')
+    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[:2]
+    monkeypatch.setattr(jax, 'pmap', functools.partial(jax.pmap, devices=devices))
+    backend('tpu')
+    config = tiny(**{'dataset.num_examples': 50_000, 'dataset.image_size': 32})
+    parts = experiment.describe(resolve(config))
+    for spec in parts.train_specs(128).values():
+        assert steps.compile_step(spec).memory_bytes < 1.5 * parts.load.num_bytes()
