@@ -37,7 +37,7 @@ __all__ = [
     'open_split',
 ]
 
-# Images of a data set that `dataset.pipeline=auto` keeps on every accelerator: four times CIFAR-10.
+# Images of a data set that `dataset.pipeline=auto` keeps on every accelerator: seven times CIFAR-10.
 DEVICE_BYTES = 2**30
 
 
