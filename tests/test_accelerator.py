@@ -12,7 +12,7 @@ from adabatch_jax import experiment, input_pipeline, models, steps, train, train
 from adabatch_jax.config import resolve
 from adabatch_jax.input_pipeline import order
 from adabatch_jax.models import conv
-from adabatch_jax.steps import compiled, pure
+from adabatch_jax.steps import compiled
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_a_run_with_the_defaults_of_an_accelerator_is_that_of_the_cpu_up_to_roun
         backend(name)
         config = tiny(**{'dataset.num_examples': 96, 'model.batch_norm': 'ghost:4'})
         train.train(config, tmp_path / name)
-        stages = of_kind(tmp_path / name, 'stage')
-        assert all((stage['updates_per_dispatch'] > 1) == (name == 'gpu') for stage in stages[:1])
+        first, *_ = of_kind(tmp_path / name, 'stage')
+        assert (first['updates_per_dispatch'] > 1) == (name == 'gpu')
         ends[name] = train_state.restore(tmp_path / name)
     assert int(ends['cpu'].step) == int(ends['gpu'].step) > 10
     for a, b in zip(*(jax.tree.leaves(state.params) for state in ends.values()), strict=True):
@@ -107,18 +107,19 @@ def test_every_backend_cuts_the_windows_that_numpy_does(backend, padding):
     ],
     ids=lambda changes: ' '.join(map(str, changes.values())),
 )
-def test_train_steps_are_programs_for_accelerators_made_of_operations_that_xla_has_everywhere(
-    changes, platform, backend
+def test_steps_are_programs_for_accelerators_made_of_operations_that_xla_has_everywhere(
+    changes, platform, backend, monkeypatch
 ):
+    def program(spec, shapes, fn, in_axes, out_axes=None, donate=()):
+        step = jax.pmap(fn, compiled.AXIS_NAME, in_axes=in_axes, out_axes=out_axes)
+        exported = jax.export.export(jax.jit(lambda *args: step(*args)), platforms=[platform])
+        return exported(*shapes).mlir_module()
+
+    monkeypatch.setattr(compiled, '_compile', program)
     backend('gpu')
     parts = experiment.describe(resolve(tiny(**changes)))
-    for count, spec in parts.train_specs(8).items():
-        update = functools.partial(pure.train_steps if count > 1 else pure.train_step, spec)
-        axes = (None, compiled._batch_axes(spec), None, None)
-        step = jax.pmap(update, compiled.AXIS_NAME, in_axes=axes, out_axes=None)
-        exported = jax.export.export(jax.jit(lambda *args: step(*args)), platforms=[platform])  # noqa: B023
-        program = exported(*compiled._shapes(spec)).mlir_module()
-        assert 'custom_call' not in program
+    for spec in (*parts.train_specs(8).values(), parts.eval_spec):
+        assert 'custom_call' not in compiled._compile_spec(spec)
 
 
 def test_a_tpu_makes_no_copy_of_the_data_for_a_batch(backend, monkeypatch):
