@@ -29,11 +29,19 @@ from adabatch_jax.config import ConfigError, flatten, user_errors
 DISPATCH_EXAMPLES = 4096
 # Images that one device is given at once; host and devices hold several such parts of a batch.
 PART_BYTES = 2**28
+SEARCHED = (
+    'Learning rates are searched for on each batch ({}), without schedule and coupling; '
+    'shown: where the search begins.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a run, each usable by itself."""
+    """The parts of a run, each usable by itself.
+
+    ``statistics`` of its gradients are measured, see ``policies.Policy``; ``note`` is for people who
+    read the plan.
+    """
 
     config: ml_collections.FrozenConfigDict
     info: input_pipeline.DatasetInfo
@@ -45,6 +53,8 @@ class Experiment:
     has_batch_norm: bool
     optimizer: optax.GradientTransformation
     load: input_pipeline.Load | None
+    statistics: str
+    note: str
     reduction: variance_reduction.Svrg | variance_reduction.Saga | None = None
     snapshots: variance_reduction.Snapshots | None = None
     examples_at: Callable | None = None  # the order of examples, if it is not that of epochs
@@ -75,7 +85,7 @@ class Experiment:
             num_microbatches=num_microbatches,
             num_parts=num_microbatches // in_part,
             skip_non_finite=self.config.divergence.action == 'skip',
-            statistics=self.policy.statistics,
+            statistics=self.statistics,
             rule=rule,
             fraction=batch_size / self.info.num_train,
             weight_decay=(optimizer.weight_decay if is_penalised else 0.0, optimizer.decayed),
@@ -142,7 +152,7 @@ class Experiment:
         specs = (spec for size in sizes for spec in self.stage_specs(size))
         return [self.eval_spec, *specs]
 
-    def divides(self, before: schedules.Update, update: schedules.Update) -> bool:
+    def snapshot_between(self, before: schedules.Update, update: schedules.Update) -> bool:
         """Whether a snapshot comes between two updates."""
         if self.snapshots is None:
             return False
@@ -156,17 +166,8 @@ class Experiment:
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
         """The same experiment with its batches split for a largest microbatch; 0 for no limit."""
         with user_errors('config.batch'):
-            return dataclasses.replace(
-                self,
-                plan=_plan(
-                    self.plan.clock,
-                    self.policy,
-                    self.learning_rate,
-                    max_per_device,
-                    self.plan.microbatch_multiple,
-                    self.plan.num_devices,
-                ),
-            )
+            plan = self.plan.with_microbatches_up_to(max_per_device)
+        return dataclasses.replace(self, plan=plan)
 
     def normalised_over(self, stage: schedules.Stage) -> int:
         """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""
@@ -237,11 +238,25 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
     with user_errors('config.batch'):
         policy = policies.create(config, rate, clock)
+    statistics, note = policy.statistics, policy.note
+    if config.batch.gradient_statistics or rule == 'barzilai_borwein':
+        statistics = statistics or 'norms'
+    if rule != 'schedule':
+        note = f'{note} {SEARCHED.format(rule)}'.strip()
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
     with user_errors('config.batch'):
-        largest = config.batch.max_per_device or policy.max_per_device
-        plan = _plan(clock, policy, rate, largest, group, num_devices or jax.device_count())
+        plan = schedules.make_plan(
+            clock,
+            policy.transitions,
+            rate,
+            num_devices=num_devices or jax.device_count(),
+            max_per_device=config.batch.max_per_device or policy.max_per_device,
+            microbatch_multiple=group,
+            min_groups=2 if statistics else 1,
+            ladder=policy.ladder,
+            planned=policy.planned,
+        )
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -257,14 +272,14 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
     is_reduced = config.optimizer.name in optimizers.REDUCED
     with user_errors('config.dataset'):
         load = input_pipeline.load_on_device(config, info, needed=is_reduced)
-    parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load)
+    parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load, statistics, note)
     experiment = Experiment(config, *parts)
     return _reduced(experiment) if is_reduced else experiment
 
 
 def _reduced(experiment: Experiment) -> Experiment:
     """With what takes noise out of its gradients, as ``config.optimizer`` says."""
-    config, info, policy = experiment.config, experiment.info, experiment.policy
+    config, info = experiment.config, experiment.info
     name, svrg, saga = config.optimizer.name, config.optimizer.svrg, config.optimizer.saga
     if config.learning_rate.rule != 'schedule':
         raise ConfigError(
@@ -283,9 +298,9 @@ def _reduced(experiment: Experiment) -> Experiment:
         examples_at = functools.partial(
             input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
         )
-        policy.note = f'{policy.note} Sample: {first:,} examples at first.'.strip()
+        note = f'{experiment.note} Sample: {first:,} examples at first.'.strip()
         reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
-        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at)
+        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at, note=note)
     model, estimator = experiment.model, None
     if experiment.has_batch_norm:
         model, estimator = _frozen(model, info.image_shape), model
@@ -310,11 +325,13 @@ def _reduced(experiment: Experiment) -> Experiment:
                 f'accepted: what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
             )
     sizes = [snapshots.size(number) for number in range(last + 1)]
-    policy.note = (
-        f'{policy.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
+    note = (
+        f'{experiment.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
         f'{2 * total + sum(sizes):,} gradients of examples at most.'
     ).strip()
-    return dataclasses.replace(experiment, model=model, reduction=reduction, snapshots=snapshots)
+    return dataclasses.replace(
+        experiment, model=model, reduction=reduction, snapshots=snapshots, note=note
+    )
 
 
 def _frozen(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -345,22 +362,6 @@ def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.
     config = config.copy_and_resolve_references()
     config.batch.policy, config.batch.base_size = 'fixed', batch_size
     return config
-
-
-def _plan(
-    clock, policy, learning_rate, max_per_device, microbatch_multiple, num_devices
-) -> schedules.Plan:
-    return schedules.make_plan(
-        clock,
-        policy.transitions,
-        learning_rate,
-        num_devices=num_devices,
-        max_per_device=max_per_device,
-        microbatch_multiple=microbatch_multiple,
-        min_groups=2 if policy.statistics else 1,
-        ladder=policy.ladder,
-        planned=policy.planned,
-    )
 
 
 def _family_options(model) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from jax import lax
 
 from adabatch_jax import gradient_statistics
 
-RULES = ('schedule', 'armijo', 'barzilai_borwein')
 SUFFICIENT_DECREASE = 0.1  # c of the Armijo condition
 MAX_HALVINGS = 30
 

@@ -202,7 +202,7 @@ def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
     """Prints the plan on the devices at hand or on others, and how many of them pay off."""
     # The memory of devices that are not at hand is not known.
     experiment = describe(resolve(config), num_devices) if num_devices else train.fitted(config)
-    terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.policy.note)
+    terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.note)
     if benchmark:
         with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
             model = scaling.Model.from_benchmark(json.load(file), experiment.gradient_bytes)

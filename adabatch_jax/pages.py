@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import pathlib
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def as_markdown(page: Page, folder: str) -> str:
         lines = ('| ' + ' | '.join(map(cell, row)) + ' |' for row in rows)
         parts += [f'## {table.title}', '\n'.join(lines), table.note]
         if number_ == 0:
-            parts += [f'![{name.replace("_", " ")}]({folder}/{name}.png)' for name in page.drawn]
+            address = urllib.parse.quote(folder)
+            parts += [f'![{name.replace("_", " ")}]({address}/{name}.png)' for name in page.drawn]
     if page.notes:
         parts += ['## Notes', '\n'.join(f'- {line}' for line in page.notes)]
     return '\n\n'.join(part for part in parts if part) + '\n'

@@ -32,7 +32,7 @@ from adabatch_jax.experiment import Experiment
 from adabatch_jax.host_state import HostState
 from adabatch_jax.stream import EffectiveRates, InFlight, Stream, Streams, open_stream
 
-STATISTICS = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
+MEASURED = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
 GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
 
 
@@ -176,7 +176,7 @@ class Run:
             if (
                 update.start >= self.clock.total_examples
                 or policy.decide(self.host.policy, update.start) != self.decision
-                or self.experiment.divides(before, update)
+                or self.experiment.snapshot_between(before, update)
                 or self.clock.passes(config.eval_every_epochs, seen, before.end)
                 or self.clock.passes(config.checkpoint_every_epochs, seen, before.end)
             ):
@@ -242,7 +242,7 @@ class Run:
 
     def take_in(self, update: schedules.Update, sums: dict[str, Any], seconds: float) -> None:
         """Adds the sums of an update to the window, and shows them to the policy."""
-        statistics = {name: float(sums.pop(name)) for name in STATISTICS if name in sums}
+        statistics = {name: float(sums.pop(name)) for name in MEASURED if name in sums}
         left_out = update.batch_size - sums['count']
         self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
         in_a_row = self.host.counts['undecoded_in_a_row'] + update.batch_size

@@ -179,7 +179,7 @@ def write_schedule(
         'num_examples': experiment.clock.num_examples,
         'num_epochs': experiment.clock.num_epochs,
         'coupling': experiment.learning_rate.coupling,
-        'statistics': experiment.policy.statistics,
+        'statistics': experiment.statistics,
         'max_per_device': experiment.plan.largest_microbatch,
         'stages': stages,
     }

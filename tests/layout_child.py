@@ -49,7 +49,6 @@ RUNS = {
         'batch.max_per_device': 4,
         'dataset.pipeline': 'tf_data',
     },
-    'noise scale': STATISTICAL | {'batch.policy': 'noise_scale'},
     'svrg': {
         'model.batch_norm': 'ghost:2',
         'optimizer.name': 'svrg',
@@ -59,6 +58,7 @@ RUNS = {
         'optimizer.svrg.skip_zeros': True,
         'learning_rate.effective': 0.002,
     },
+    'noise scale': STATISTICAL | {'batch.policy': 'noise_scale'},
     'goodput': STATISTICAL | {'batch.policy': 'goodput'},
     'probes': STATISTICAL
     | {

@@ -1,4 +1,7 @@
-"""A short run whose BatchNorm does not depend on the number of devices, to be moved to others."""
+"""A short run whose BatchNorm does not depend on the number of devices, to be moved to others.
+
+Its data live on the device, so that no process has to import TensorFlow.
+"""
 
 from adabatch_jax.config import default_config
 
@@ -10,6 +13,7 @@ def get_config():
     config.checkpoint_every_epochs = 0.5
     config.model.update(dict(name='cnn', batch_norm='ghost:2'))
     config.dataset.update(dict(name='synthetic', num_examples=128, image_size=8, crop_padding=2))
+    config.dataset.pipeline = 'device'
     config.batch.update(dict(base_size=8, growth_epochs=1.0))
     config.learning_rate.update(dict(effective=0.01, reference_batch_size=8))
     return config

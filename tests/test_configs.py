@@ -1,5 +1,6 @@
 """The shipped configs, the defaults, and their way through JSON."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -9,7 +10,8 @@ import jax
 import pytest
 
 from adabatch_jax import config as configuration
-from adabatch_jax import metrics, train
+from adabatch_jax import metrics, models, train
+from adabatch_jax.models import resnet, resnet_cifar, vgg
 
 CONFIGS = sorted(pathlib.Path(__file__).parent.parent.joinpath('configs').glob('*.py'))
 
@@ -215,17 +217,24 @@ SHRUNKEN = {
     'smith_wrn16_4:increase': 60,
     'tiny_imagenet_resnet18:': 1,
 }
+# Shallow networks of the families, for tests only.
+SHALLOW = {
+    'small_resnet': functools.partial(resnet.ResNet, False, (1, 1)),
+    'small_bottleneck_resnet': functools.partial(resnet.ResNet, True, (1, 1)),
+    'small_vgg_bn': functools.partial(vgg.VGG, (1,) * 5, True),
+    'small_wide_resnet': functools.partial(resnet_cifar.WideResNet, 1, 1),
+}
 # A shallower network of the same family, and the smallest images that suit it.
 RELATIVES = {
     'alexnet': ('alexnet', 63),
     'alexnet_bn': ('alexnet_bn', 63),
     'alexnet_cifar': ('alexnet_cifar', 32),
     'resnet8': ('resnet8', 8),
-    'resnet18': ('resnet18', 8),
+    'resnet18': ('small_resnet', 8),
     'resnet20': ('resnet8', 8),
-    'resnet50': ('resnet18', 8),
-    'vgg19_bn': ('vgg11_bn', 32),
-    'wrn16_4': ('wrn16_4', 8),
+    'resnet50': ('small_bottleneck_resnet', 8),
+    'vgg19_bn': ('small_vgg_bn', 32),
+    'wrn16_4': ('small_wide_resnet', 8),
 }
 
 
@@ -259,6 +268,8 @@ def test_a_shrunken_run_trains_with_the_settings_of_its_config(name, planned, mo
     original, config = config_of(name), config_of(name)
     plan = planned(original)
     monkeypatch.undo()  # the run has the two devices
+    for network, make in SHALLOW.items():
+        monkeypatch.setitem(models.MODELS, network, make)
     scale = shrink(config, SHRUNKEN[name])
     summary = train.train(config, tmp_path / 'run')
     assert summary['updates'] >= 2

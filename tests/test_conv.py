@@ -1,5 +1,7 @@
 """The shared convolution against the plain operation: values and both gradients."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,25 @@ import pytest
 from jax import lax
 
 from adabatch_jax.models import conv
+
+
+def with_gradients(function, x, w, stride, padding):
+    """Values of a convolution, and its gradients for one and the same cotangent."""
+
+    @jax.jit
+    def all_of(x, w):
+        y, vjp = jax.vjp(lambda x, w: function(x, w, (stride, stride), padding), x, w)
+        return y, *vjp(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    return all_of(x, w)
+
+
+@functools.lru_cache(1)  # both settings of a case are compared with it
+def plain_operation(stride, kernel, padding, shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, shape[-1], 6)), jnp.float32)
+    return x, w, with_gradients(conv._convolve, x, w, stride, padding)
 
 
 @pytest.mark.parametrize(
@@ -24,22 +45,12 @@ def test_values_and_gradients_are_those_of_the_plain_operation(
     monkeypatch.setattr(conv, '_GROUP_PIXELS', group_pixels)  # the smaller: several groups and chunks
     monkeypatch.setattr(conv, '_CHUNK_SUM', chunk_sum)
     monkeypatch.setattr(conv, '_FEWEST_FOR_MATRIX', fewest_for_matrix)
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, shape[-1], 6)), jnp.float32)
-
-    def with_gradients(function):
-        @jax.jit
-        def both(x, w):
-            y, vjp = jax.vjp(lambda x, w: function(x, w, (stride, stride), padding), x, w)
-            return y, *vjp(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
-
-        return both(x, w)
+    x, w, expected = plain_operation(stride, kernel, padding, shape)
 
     def ours(x, *args):
         return conv.leave(conv._convolve_groups(conv.enter(x), *args))
 
-    for got, plain in zip(with_gradients(ours), with_gradients(conv._convolve), strict=True):
+    for got, plain in zip(with_gradients(ours, x, w, stride, padding), expected, strict=True):
         assert got.dtype == plain.dtype
         scale = np.abs(plain).max()
         np.testing.assert_allclose(got / scale, plain / scale, atol=2e-5)

@@ -120,7 +120,9 @@ def unravel_as(flat, tree):
     )
 
 
+@pytest.fixture(scope='module')
 def products(network):
+    """With the Hessian, and with the Gauss-Newton matrix."""
     loss, outputs, of_outputs, params, *_ = network
     return (
         jax.jit(lambda v: curvature.hessian_product(loss, params, v)),
@@ -128,18 +130,18 @@ def products(network):
     )
 
 
-def test_products_are_those_of_the_dense_matrices(network):
+def test_products_are_those_of_the_dense_matrices(network, products):
     *_, params, hessian, gauss_newton = network
     _, unravel = ravel_pytree(params)
     v = np.random.default_rng(1).normal(size=len(hessian)).astype(np.float32)
-    for product, dense in zip(products(network), (hessian, gauss_newton), strict=True):
+    for product, dense in zip(products, (hessian, gauss_newton), strict=True):
         np.testing.assert_allclose(ravel_pytree(product(unravel(v)))[0], dense @ v, atol=2e-5)
     assert np.abs(hessian - gauss_newton).max() > 1e-3  # they are not the same
 
 
-def test_lanczos_finds_the_spectrum_of_a_small_network(network):
+def test_lanczos_finds_the_spectrum_of_a_small_network(network, products):
     *_, params, hessian, gauss_newton = network
-    for product, dense in zip(products(network), (hessian, gauss_newton), strict=True):
+    for product, dense in zip(products, (hessian, gauss_newton), strict=True):
         expected = np.linalg.eigvalsh(dense)[::-1]
         whole = curvature.lanczos(product, params, num_steps=1000)
         np.testing.assert_allclose(whole.values, expected, atol=3e-5)
@@ -149,11 +151,9 @@ def test_lanczos_finds_the_spectrum_of_a_small_network(network):
         np.testing.assert_allclose(few.values[:2], expected[:2], atol=1e-4)
 
 
-def test_gauss_newton_has_no_negative_eigenvalue_and_the_hessian_has(network):
+def test_gauss_newton_has_no_negative_eigenvalue_and_the_hessian_has(network, products):
     *_, params, hessian, _ = network
-    of_hessian, of_gauss_newton = (
-        curvature.lanczos(product, params, 1000) for product in products(network)
-    )
+    of_hessian, of_gauss_newton = (curvature.lanczos(product, params, 1000) for product in products)
     smallest = np.linalg.eigvalsh(hessian)[0]
     assert smallest < -1e-3 and of_hessian.values[-1] == pytest.approx(smallest, abs=3e-5)
     assert of_gauss_newton.values[-1] > -3e-5
@@ -183,10 +183,9 @@ def test_a_residual_holds_where_neighbours_cannot_be_told_apart():
             assert np.abs(spectrum - value).min() <= residual
 
 
-def test_the_trace_is_unbiased_and_its_error_is_the_stated_one(network):
+def test_the_trace_is_unbiased_and_its_error_is_the_stated_one(network, products):
     *_, params, hessian, _ = network
-    product, _ = products(network)
-    product = jax.jit(product)
+    product, _ = products
     found = curvature.trace(product, params, num_samples=400)
     assert abs(found.value - np.trace(hessian)) < 4 * found.error
     off = hessian - np.diag(np.diag(hessian))

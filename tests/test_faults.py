@@ -16,7 +16,9 @@ from adabatch_jax import checkpoint, metrics, train_state
 FLAGS = (
     '--config=configs/quickstart.py',
     '--config.model.name=cnn',
-    '--config.dataset.train_split=train[:25%]',
+    '--config.dataset.name=synthetic',  # scikit-learn takes a second to import
+    '--config.dataset.num_examples=359',
+    '--config.dataset.image_size=8',
     '--config.dataset.eval_split=test[:64]',
     '--config.dataset.eval_batch_size=32',
     '--config.num_epochs=3',
@@ -25,7 +27,7 @@ FLAGS = (
     '--config.eval_every_epochs=0.5',
     '--config.log_every_steps=3',
 )
-KILLS = int(os.environ.get('ADABATCH_TEST_KILLS', '24'))
+KILLS = int(os.environ.get('ADABATCH_TEST_KILLS', len(POINTS)))
 TIMED = ('time', 'examples_per_second', 'compile_seconds', 'stall_seconds', 'cache_hit')
 
 

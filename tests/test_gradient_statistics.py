@@ -125,7 +125,7 @@ BATCH = 16
 @pytest.fixture(scope='module')
 def trained():
     """Sums and new states of one step on the same batch, by kind of statistics and split."""
-    model = models.get_model('resnet8', num_classes=3, batch_norm='ghost:2')
+    model = models.get_model('cnn', num_classes=3, batch_norm='ghost:2')
     optimizer = optimizers.create('sgd', momentum=0.9, weight_decay=0.1)
     state = train_state.create(model, optimizer, (8, 8, 3))
     rng = np.random.default_rng(0)

@@ -193,5 +193,5 @@ def test_a_batch_at_its_ceiling_is_no_mistake_where_nothing_decays_by_plan():
 
 def test_the_plan_says_that_rates_are_searched_for():
     experiment = train.fitted(tiny(**CHANGES))
-    assert 'searched for on each batch (barzilai_borwein)' in experiment.policy.note
+    assert 'searched for on each batch (barzilai_borwein)' in experiment.note
     assert {s.learning_rate_start for s in experiment.plan.stages} == {1.0}

@@ -25,6 +25,7 @@ def get_config():
     config.dataset.num_examples = 64
     config.dataset.image_size = 8
     config.dataset.crop_padding = 1
+    config.dataset.pipeline = 'device'
     config.batch.base_size = 8
     config.batch.growth_epochs = 1.0
     config.learning_rate.reference_batch_size = 8
@@ -322,6 +323,7 @@ def test_help_explains_the_flags(capsys):
 
 def test_sigterm_saves_exits_with_143_and_the_same_command_continues(tiny_file, tmp_path, command_line):
     flags = (f'--config={tiny_file}', '--config.num_epochs=200', '--config.batch.growth_epochs=100')
+    flags += ('--config.dataset.pipeline=tf_data',)
     workdir = tmp_path / 'run'
     process = subprocess.Popen(
         [sys.executable, '-m', 'adabatch_jax.main', *flags, f'--workdir={workdir}'],

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -299,6 +300,14 @@ def test_markdown_and_pictures(runs, tmp_path):
     assert pictures[0].startswith('r_figures/')
     assert report.main(['report', str(runs[0]), '--format=png', f'--out={tmp_path / "png"}']) == 0
     assert len(list((tmp_path / 'png').glob('*.png'))) == 12
+
+
+def test_markdown_finds_its_pictures_beside_a_name_with_spaces(runs, tmp_path):
+    out = tmp_path / 'two runs (a).md'
+    assert report.main(['report', str(runs[0]), '--format=md', f'--out={out}']) == 0
+    pictures = re.findall(r'!\[.*?\]\((\S*?)\)', out.read_text())
+    assert len(pictures) == 12
+    assert all((tmp_path / urllib.parse.unquote(name)).exists() for name in pictures)
 
 
 def test_broken_lines_and_runs_in_progress_are_told_and_the_rest_is_shown(runs, tmp_path, capsys):

@@ -64,9 +64,10 @@ def test_paper_learning_rates_fall_by_three_quarters_a_stage():
 
 
 def test_matched_runs_have_the_same_rate_per_example_in_every_epoch():
+    rate = paper_rate()
     for epoch in np.arange(0, 100, 0.5):
         size = 128 * 2 ** int(epoch // 20)
-        assert paper_rate()(epoch, size) / size == pytest.approx(paper_rate()(epoch, 128) / 128)
+        assert rate(epoch, size) / size == pytest.approx(rate(epoch, 128) / 128)
 
 
 def test_carry_continues_the_batch_into_the_next_epoch():

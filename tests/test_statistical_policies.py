@@ -52,8 +52,10 @@ class Quadratic:
     gradient: np.ndarray
     sigma: float
     seed: int = 0
+    AHEAD = 64  # batches that are drawn and estimated at once
 
     def __post_init__(self):
+        self.estimated, self.batch_size = iter(()), None
         self.rng = np.random.default_rng(self.seed)
         self.noise_scale = self.variance / max(self.squared_gradient, 1e-300)
 
@@ -65,16 +67,24 @@ class Quadratic:
     def squared_gradient(self):
         return float(self.gradient @ self.gradient)
 
-    def observe(self, batch_size, epoch, seconds, loss):
-        noise = self.rng.standard_normal((GROUPS, len(self.gradient)))
+    def estimate(self, batch_size):
+        """Of some batches: variance, squared gradient, variance along it, squared norm."""
+        noise = self.rng.standard_normal((self.AHEAD, GROUPS, len(self.gradient)))
         grads = self.gradient + noise * self.sigma / np.sqrt(batch_size / GROUPS)
-        q, m = np.mean(np.sum(grads**2, 1)), np.sum(np.mean(grads, 0) ** 2)
+        means = np.mean(grads, 1)
+        q, m = np.mean(np.sum(grads**2, 2), 1), np.sum(means**2, 1)
         found = gradient_statistics.estimate(q, m, GROUPS, batch_size / GROUPS)
-        along = np.sum((grads @ np.mean(grads, 0) - m) ** 2) * batch_size / GROUPS / (GROUPS - 1)
-        return Observation(
-            epoch, batch_size, LEARNING_RATE, loss, seconds,
-            float(found.variance), float(found.squared_gradient), float(along), float(m),
-        )  # fmt: skip
+        scatter = np.sum((np.einsum('bgd,bd->bg', grads, means) - m[:, None]) ** 2, 1)
+        along = scatter * batch_size / GROUPS / (GROUPS - 1)
+        columns = found.variance, found.squared_gradient, along, m
+        return zip(*(np.asarray(x, float).tolist() for x in columns), strict=True)
+
+    def observe(self, batch_size, epoch, seconds, loss):
+        statistics = next(self.estimated, None) if batch_size == self.batch_size else None
+        if statistics is None:
+            self.estimated, self.batch_size = self.estimate(batch_size), batch_size
+            statistics = next(self.estimated)
+        return Observation(epoch, batch_size, LEARNING_RATE, loss, seconds, *statistics)
 
 
 def drive(policy, problem, epochs=30.0, seconds=lambda size: 1.0, loss=1.0):

@@ -1,19 +1,22 @@
 """Whole runs whose batch sizes are decided by statistics: records, replay, kills, one device."""
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
 from fault_child import POINTS
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import steps, train
-from adabatch_jax.config import ConfigError
+from adabatch_jax import policies, schedules, steps, train
+from adabatch_jax.config import ConfigError, resolve
+from adabatch_jax.experiment import describe
 
 CONFIG = {
     'num_epochs': 4.0,
@@ -163,6 +166,28 @@ def test_any_policy_can_have_its_run_measured(tmp_path):
     train.train(config, tmp_path)
     for record in of_kind(tmp_path, 'train'):
         assert record['gradient_variance'] > 0 and 'squared_gradient' in record
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(policies.Policy):
+    transitions: tuple = (schedules.Transition(0, 8, ''),)
+    ladder: tuple = (8,)
+    planned: bool = True
+    note: str = 'Always 8.'
+
+
+def test_a_policy_that_several_runs_share_is_left_as_it_is(monkeypatch):
+    shared = Frozen()
+    mine = types.SimpleNamespace(create=lambda *_: shared, COUPLING='none')
+    monkeypatch.setitem(policies.POLICIES, 'mine', mine)
+    measured = tiny(**{'batch.policy': 'mine', 'batch.gradient_statistics': True})
+    for _ in range(2):
+        experiment = describe(resolve(measured))
+        assert (experiment.statistics, experiment.note) == ('norms', 'Always 8.')
+    measured.learning_rate.rule, measured.batch.gradient_statistics = 'armijo', False
+    experiment = describe(resolve(measured))
+    assert experiment.statistics == '' and experiment.note.startswith('Always 8. Learning rates are')
+    assert shared == Frozen()
 
 
 def test_adascale_trains_with_rates_between_those_of_the_two_batch_sizes(tmp_path):

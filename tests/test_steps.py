@@ -285,7 +285,7 @@ def test_persistent_cache_is_used_by_the_second_compilation(tmp_path):
 
 def test_a_step_that_is_compiled_quickly_makes_the_same_update_up_to_rounding(monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')
-    spec = dataclasses.replace(make_spec(models.get_model('resnet8', 3), momentum=0.9), quick=True)
+    spec = dataclasses.replace(make_spec(models.get_model('cnn', 3), momentum=0.9), quick=True)
     states = []
     slow = {'xla_cpu_use_fusion_emitters': True, 'xla_backend_optimization_level': 3}
     for options in (slow, steps.compiled._QUICK):
@@ -337,14 +337,14 @@ def test_every_step_of_a_config_that_asks_for_it_is_compiled_quickly():
 
 def test_memory_of_a_step_grows_with_its_batch():
     small, large = (
-        steps.compile_step(make_spec(models.get_model('resnet8', 3), batch_size=n)).memory_bytes
+        steps.compile_step(make_spec(models.get_model('cnn', 3), batch_size=n)).memory_bytes
         for n in (4, 64)
     )
     assert 0 < small < large
 
 
 def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32():
-    spec = make_spec(models.get_model('resnet8', 3, dtype=jnp.bfloat16))
+    spec = make_spec(models.get_model('cnn', 3, dtype=jnp.bfloat16))
     state, sums = run_step(spec, make_state(spec), make_batch())
     kept = (state.params, state.batch_stats, sums)
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('float32')}

@@ -58,6 +58,8 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if num_classes < 1:
         raise ValueError(f'num_classes: got {num_classes}; needs at least 1')
     check_batch_norm(options.get('batch_norm', 'local'))
+    if isinstance(MODELS[name], nn.Module):
+        raise ValueError(f'model {name}: MODELS has a module; accepted: its class, or what makes one')
     try:
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
@@ -70,6 +72,17 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
     Raises:
       ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
     """
+    try:
+        hash(model)  # compiled steps are kept by it, and so are its shapes
+    except TypeError as error:
+        name = type(model).__name__
+        raise ValueError(f'{name} has lists, dictionaries or arrays as fields; use tuples') from error
+    return _shapes(model, tuple(image_shape), num_classes, jax.default_backend())
+
+
+@functools.lru_cache(64)  # to trace a network takes up to a second
+def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> dict[str, Any]:
+    """As for ``check_model``; a network's convolutions depend on the backend."""
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
 
     def both(key, images):
@@ -97,8 +110,4 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
     for what, arrays in {'variables': variables, 'logits': outputs}.items():
         if dtypes := {leaf.dtype for leaf in jax.tree.leaves(arrays)} - {jnp.dtype(jnp.float32)}:
             raise ValueError(f'{name} has {what} of {dtypes.pop()}; accepted: float32')
-    try:
-        hash(model)  # compiled steps are kept by it
-    except TypeError as error:
-        raise ValueError(f'{name} has lists, dictionaries or arrays as fields; use tuples') from error
     return variables

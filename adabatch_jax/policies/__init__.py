@@ -52,11 +52,6 @@ NAMES = (
 )
 POLICIES = {name: importlib.import_module(f'{__name__}.{name}') for name in NAMES}
 
-SEARCHED = (
-    'Learning rates are searched for on each batch ({}), without schedule and coupling; '
-    'shown: where the search begins.'
-)
-
 
 def create(config, rate: LearningRate, clock: Clock) -> Policy:
     """The policy that ``config.batch.policy`` names.
@@ -72,11 +67,6 @@ def create(config, rate: LearningRate, clock: Clock) -> Policy:
         )
     policy = module.create(config, rate, clock)
     _check(config.batch.policy, policy)
-    if rule != 'schedule':
-        policy.note = f'{policy.note} {SEARCHED.format(rule)}'.strip()
-    measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
-    if measured and not policy.statistics:
-        policy.statistics = 'norms'
     return policy
 
 

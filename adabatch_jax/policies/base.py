@@ -72,8 +72,7 @@ class Policy:
 
     The loop is one observation behind: the decision for update k + 1 rests on the updates up to
     k - 1, because update k is still running when it is taken. ``observe`` and ``decide`` are pure
-    functions of their arguments, so that a continued run decides as one never stopped would. A config
-    may ask for ``statistics``, and add to ``note``: they have to be attributes that can be set.
+    functions of their arguments, so that a continued run decides as one never stopped would.
 
     Attributes:
       transitions: the stages known in advance, the first of them at 0 examples seen.

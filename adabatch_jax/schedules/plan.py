@@ -77,6 +77,20 @@ class Plan:
             self.min_groups,
         )
 
+    def with_microbatches_up_to(self, max_per_device: int) -> 'Plan':
+        """The same plan with its batches split for a largest microbatch; 0 for no limit.
+
+        Raises:
+          ValueError: a batch size cannot be split so.
+        """
+        plan = dataclasses.replace(self, max_per_device=max_per_device)
+        splits = {batch_size: plan.split(batch_size) for batch_size in plan.ladder}
+        stages = []
+        for stage in plan.stages:
+            size, count = splits[stage.batch_size]
+            stages.append(dataclasses.replace(stage, microbatch_size=size, num_microbatches=count))
+        return dataclasses.replace(plan, stages=tuple(stages))
+
     @property
     def largest_microbatch(self) -> int:
         """Of all batch sizes that the run may use; as ``max_per_device`` it gives the same splits."""

@@ -137,7 +137,7 @@ class AccumulatingStep:
         )
 
         def add(state, totals, batch, first_microbatch):
-            totals = accumulate(spec, state, totals, batch, first_microbatch)
+            totals, _ = accumulate(spec, state, totals, batch, first_microbatch)
             return totals, totals[2]['count'] + 0  # a copy to wait for: the totals are given away
 
         def zero(state, _):  # pmap wants an axis to map

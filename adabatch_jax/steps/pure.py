@@ -58,7 +58,7 @@ def train_step(
       for inner products ``variance_along`` and ``squared_norm``; and ``learning_rate`` where that was
       searched for.
     """
-    totals, found = _accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
+    totals, found = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
     reduction = spec.reduction and spec.reduction.after(state.reduction, found, AXIS_NAME)
     if spec.rule == 'schedule':
         batch = None
@@ -107,18 +107,12 @@ def accumulate(
     totals: Totals,
     batch: Batch,
     first_microbatch: jax.Array,
-) -> Totals:
+) -> tuple[Totals, Any]:
     """Adds what a part of this device's share of a batch gives, microbatch by microbatch.
 
-    ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before.
+    ``first_microbatch``, an int32 scalar, is the number of microbatches in the parts before. The second
+    result is what variance reduction wants to know of each microbatch.
     """
-    return _accumulate(spec, state, totals, batch, first_microbatch)[0]
-
-
-def _accumulate(
-    spec: StepSpec, state: TrainState, totals: Totals, batch: Batch, first_microbatch: jax.Array
-) -> tuple[Totals, Any]:
-    """As ``accumulate``, and what variance reduction wants to know of each microbatch."""
     microbatches = _microbatches(spec, batch, first_microbatch)
     gradient = _microbatch_gradient(spec, state, batch, microbatches)
 
@@ -234,7 +228,7 @@ def batch_loss(spec: StepSpec, state: TrainState, batch: Batch, params: Any = No
 
 def batch_gradient(spec: StepSpec, state: TrainState, batch: Batch) -> Any:
     """The mean gradient over the global batch."""
-    totals = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
+    totals, _ = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
     return _mean_gradient(spec, totals[0])
 
 
@@ -322,10 +316,7 @@ def _search(
     params = optax.apply_updates(state.params, step)
     following = size
     if spec.rule == 'barzilai_borwein':
-        there = accumulate(
-            spec, state.replace(params=params), zero_totals(spec, state), batch, jnp.int32(0)
-        )
-        there = with_penalty(_mean_gradient(spec, there[0]), params)
+        there = with_penalty(batch_gradient(spec, state.replace(params=params), batch), params)
         change = jax.tree.map(jnp.subtract, there, grads)
         noise = sums['variance'] / spec.batch_size / gradient_statistics.squared_norm(grads)
         noise = jnp.where(spec.fraction < 1, noise, 0.0)

@@ -51,7 +51,7 @@ class StepSpec:
         the new weights are not finite.
       statistics: one of ``STATISTICS``: none; ``'norms'``, of the gradients of all microbatches; or
         ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
-      rule: one of ``line_search.RULES``: where the step size comes from.
+      rule: ``learning_rate.rule`` of the config: where the step size comes from.
       fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
       weight_decay: coefficient, and one of ``optimizers.DECAYED``, of the penalty that the optimizer
         minimises with the loss; for the rules that search.
