@@ -6,7 +6,7 @@ import os
 import pathlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jaxlib
@@ -49,11 +49,15 @@ def is_enabled() -> bool:
 
 
 @contextlib.contextmanager
-def empty() -> Iterator[None]:
-    """An empty cache of its own for a while, to see what compiling takes with it and without."""
+def empty(is_shared: Callable[[str], bool] = bool) -> Iterator[None]:
+    """An empty cache of its own for a while, to see what compiling takes with it and without.
+
+    Args:
+      is_shared: as for ``enable``.
+    """
     before = jax.config.jax_compilation_cache_dir
     with tempfile.TemporaryDirectory(prefix='adabatch-compile-') as directory:
-        enable(directory)
+        enable(directory, is_shared)
         try:
             yield
         finally:
@@ -61,13 +65,18 @@ def empty() -> Iterator[None]:
             reset_cache()
 
 
-def enable(directory: str) -> None:
+def enable(directory: str, is_shared: Callable[[str], bool] = bool) -> None:
     """Keeps compiled code on disk from one process to the next.
+
+    JAX writes what the first of several processes compiles. Where the others do not find it, they would
+    compile while the first one does not, and on GPUs wait for its part in the search for the fastest
+    kernels, for a day: then nothing is kept.
 
     Args:
       directory: ``'auto'`` for ``~/.cache/adabatch_jax``, where each version of jaxlib has its own
         folder, or for the one that the environment variable ``JAX_COMPILATION_CACHE_DIR`` names;
         ``''`` for none.
+      is_shared: whether all processes see the same in a folder; without it there is one process.
     """
     given = os.environ.get('JAX_COMPILATION_CACHE_DIR')
     if directory == 'auto' and given:
@@ -77,7 +86,8 @@ def enable(directory: str) -> None:
             home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
             directory = os.path.join(home, 'adabatch_jax')
         directory = os.path.join(os.path.expanduser(directory), f'jaxlib-{jaxlib.__version__}')
-    jax.config.update('jax_compilation_cache_dir', directory or None)
+    jax.config.update('jax_compilation_cache_dir', None)  # for what is_shared may compile
+    jax.config.update('jax_compilation_cache_dir', (is_shared(directory) and directory) or None)
     for name, value in KEEP_ALL.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)

@@ -67,7 +67,7 @@ def evaluate_checkpoint(
     Raises:
       ConfigError: no run there, or no data.
     """
-    compilation_cache.enable(config.compile.cache_dir)
+    compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     run = describe(config, num_devices=1)  # the batches of training need not fit these devices
     folder = pathlib.Path(workdir, checkpoint.FOLDER)
     state = run.initial_state()

@@ -69,6 +69,11 @@ class Experiment:
         with user_errors('config.dataset'):
             return input_pipeline.create(self.config, self.info, self.clock, self.load, self.examples_at)
 
+    @property
+    def part_size(self) -> int:
+        """Images that a device is given at once at most."""
+        return max(1, PART_BYTES // math.prod(self.info.image_shape))
+
     def train_spec(self, batch_size: int, num_updates: int = 1) -> steps.StepSpec:
         """The train step of a batch size, for one update or several at once."""
         rule, optimizer = self.config.learning_rate.rule, self.config.optimizer
@@ -76,7 +81,7 @@ class Experiment:
         microbatch, num_microbatches = self.plan.split(batch_size)
         # A batch whose images are too many for memory comes to the devices in parts, unless they are
         # there, or a step size is searched for on it as a whole.
-        fit = max(1, PART_BYTES // (microbatch * math.prod(self.info.image_shape)))
+        fit = max(1, self.part_size // microbatch)
         if rule != 'schedule' or self.load:
             fit = num_microbatches
         in_part = next(n for n in range(min(fit, num_microbatches), 0, -1) if num_microbatches % n == 0)
@@ -126,7 +131,8 @@ class Experiment:
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
         first stage.
         """
-        largest = [] if self.plan.max_per_device else [self.train_spec(self.plan.ladder[-1])]
+        in_parts = self.in_parts()
+        largest = [] if self.plan.max_per_device else [in_parts.train_spec(self.plan.ladder[-1])]
         first = self.stage_specs(self.policy.transitions[0].batch_size)
         for spec in (*largest, *first):
             steps.CACHE.precompile(spec)
@@ -168,6 +174,12 @@ class Experiment:
         with user_errors('config.batch'):
             plan = self.plan.with_microbatches_up_to(max_per_device)
         return dataclasses.replace(self, plan=plan)
+
+    def in_parts(self) -> 'Experiment':
+        """The same experiment with microbatches of no more images than a device is given at once."""
+        at_once = max(self.part_size, self.plan.microbatch_multiple)
+        has_larger = self.plan.largest_microbatch > at_once
+        return self.with_microbatches_up_to(at_once) if has_larger else self
 
     def normalised_over(self, stage: schedules.Stage) -> int:
         """Examples that BatchNorm takes its statistics over in a stage; 0 without BatchNorm."""

@@ -25,6 +25,7 @@ class HostState:
         run must not decide it again with what has been observed since.
       stage: number of the present stage; -1 before the first.
       batch_size: of that stage.
+      decides: whether the policy, or one before it in this run, decides during the run.
       stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
       window: sums since the last ``train`` record.
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
@@ -48,6 +49,7 @@ class HostState:
     upcoming: dict[str, Any] | None = None
     stage: int = -1
     batch_size: int = 0
+    decides: bool = False
     stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     observed: dict[str, Any] = dataclasses.field(default_factory=dict)

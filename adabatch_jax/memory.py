@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -48,9 +48,10 @@ def fit(
 ) -> Experiment:
     """The experiment with the largest microbatch whose step fits into a device's memory.
 
-    The step of the largest batch is compiled, and as long as it needs too much, again with a microbatch
-    that is smaller in proportion. What a step needs grows with its microbatch from more than nothing, so
-    that the search comes down from above and stops at the first that fits.
+    A microbatch has no more images than a device is given at once. The step of the largest batch is
+    compiled, and as long as it needs too much, again with a microbatch that is smaller in proportion.
+    What a step needs grows with its microbatch from more than nothing, so that the search comes down
+    from above and stops at the first that fits.
 
     Args:
       experiment: one with ``batch.max_per_device=0``; else it is returned as it is.
@@ -64,7 +65,7 @@ def fit(
         return experiment
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)
-    largest, as_given = experiment.plan.ladder[-1], experiment
+    largest, as_given, experiment = experiment.plan.ladder[-1], experiment, experiment.in_parts()
     # The processes have to agree, and what their compilers tell may differ.
     while (needed := distributed.largest(memory_of(experiment.train_spec(largest)))) > available:
         microbatch, _ = experiment.plan.split(largest)
@@ -84,8 +85,8 @@ def fit(
     return experiment.with_microbatches_up_to(experiment.plan.split(largest)[0])
 
 
-def smaller_microbatch(error: Exception, experiment: Experiment, batch_size: int) -> int:
-    """The microbatch to go on with after ``error`` at a batch size: half of the one it came with.
+def smaller_microbatch(error: Exception, experiment: Experiment, batch_sizes: Iterable[int]) -> int:
+    """The microbatch to go on with after ``error``: half of the largest of some batch sizes.
 
     Raises:
       Exception: ``error`` itself, where it is not about memory or nothing smaller is left.
@@ -93,7 +94,7 @@ def smaller_microbatch(error: Exception, experiment: Experiment, batch_size: int
     if OUT_OF_MEMORY not in str(error):
         raise error
     smallest = experiment.plan.microbatch_multiple
-    microbatch, _ = experiment.plan.split(batch_size)
+    microbatch = max(experiment.plan.split(batch_size)[0] for batch_size in batch_sizes)
     if microbatch == smallest:
         raise error
     return max(microbatch // 2 // smallest * smallest, smallest)

@@ -105,8 +105,8 @@ class MetricsWriter:
             _EventFile(os.path.join(workdir, 'by_examples'), 'examples_seen', {}),
         ]
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Writes one record; it is in the file, whole, before the next one begins.
+    def write(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Writes one record, and returns it; it is in the file, whole, before the next one begins.
 
         Args:
           kind: ``session``, ``train``, ``eval``, ``stage`` or ``summary``.
@@ -127,6 +127,7 @@ class MetricsWriter:
         with contextlib.suppress(OSError):  # the same disk, of which the line above tells
             for events in self._event_files:
                 events.write(kind, record)
+        return record
 
     def flush(self) -> None:
         """Writes what could not be written before; raises ``OSError`` where it still cannot."""

@@ -18,7 +18,7 @@ def probe(run, sizes: tuple[int, ...]) -> None:
 
 
 def branch_losses(run, sizes: Iterable[int], num_examples: int) -> dict[int, float]:
-    """Mean training loss over the second half of a branch, by batch size.
+    """Mean training loss over the second half of a branch, its last update at least, by batch size.
 
     Every branch begins with a copy of the train state of ``run`` and sees the ``num_examples`` that
     would come next, in updates that begin before their end. The run itself stays as it is.
@@ -32,11 +32,12 @@ def _branch_loss(run, batch_size: int, num_examples: int) -> float:
     run.host.seconds['compile'] += stream.compile_seconds
     state, totals = distributed.replicate(run.state), {}
     updates = run.clock.updates(begin, batch_size)
-    for update in itertools.takewhile(lambda u: u.start < begin + num_examples, updates):
+    updates = list(itertools.takewhile(lambda u: u.start < begin + num_examples, updates))
+    for update in updates:
         rate = run.learning_rate(update)
         state, sums = stream.update(state, stream.take([update]), [update], [rate])
         run.host.counts['probe_examples'] += batch_size
         sums = {key: float(sums[key]) for key in ('loss', 'correct', 'count')}
-        if update.start >= begin + num_examples // 2:
+        if update.start >= begin + num_examples // 2 or update is updates[-1]:
             totals = metrics.add_sums(totals, sums)
     return metrics.mean_metrics(totals)['loss'] if totals.get('count') else math.nan

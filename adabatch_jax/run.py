@@ -61,6 +61,7 @@ class Run:
         self.stream: Stream | None = None
         self.has_grown = False  # the batch of the upcoming update, from the one before it
         self.in_flight: InFlight | None = None
+        self.probed: tuple[int, ...] = ()  # batch sizes of probes that are running
         self.effective_rates = EffectiveRates(self.clock, experiment.learning_rate)
         self.upcoming: schedules.Update | None = None
         self.decision = policies.Decision(host.batch_size, '')  # of the upcoming update
@@ -79,6 +80,12 @@ class Run:
         """Progress in epochs."""
         return self.clock.epoch(self.examples_seen)
 
+    @property
+    def at_work(self) -> set[int]:
+        """Batch sizes that the devices may be busy with: of this stage, the next update and probes."""
+        upcoming = self.upcoming.batch_size if self.upcoming else 0
+        return {self.host.batch_size, upcoming, *self.probed} - {0}
+
     def is_due(self, every_epochs: float) -> bool:
         """Whether the latest update has passed a multiple of an interval."""
         return self.clock.passes(every_epochs, self.previous, self.examples_seen)
@@ -91,9 +98,9 @@ class Run:
         if self.in_flight is None or self.in_flight.is_ready():
             self.host.seconds[what] += time.perf_counter() - began
 
-    def record(self, kind: str, step: int, examples_seen: int, **fields: Any) -> None:
-        """Writes a record of a kind at a position of the run."""
-        self.writer.write(
+    def record(self, kind: str, step: int, examples_seen: int, **fields: Any) -> dict[str, Any]:
+        """Writes a record of a kind at a position of the run, and returns it."""
+        return self.writer.write(
             kind,
             step=step,
             epoch=self.clock.epoch(examples_seen),
@@ -105,6 +112,7 @@ class Run:
     def begin(self, reason: str) -> None:
         """Writes the ``session`` record: where this process takes the run up, on what, and why."""
         reason = records.why(self, reason)
+        distributed.from_first(lambda: workdir.remove_schedule(self.writer.workdir))
         self.record('session', self.step, self.examples_seen, **records.session(reason or 'begins'))
         if reason:
             self.display.say(f'epoch {self.epoch:.4g}: {reason}')
@@ -125,12 +133,14 @@ class Run:
         """Chooses the update after the one that was dispatched last, by probes if the policy asks."""
         policy = self.experiment.policy
         # Several processes may not see the same times, and so would not decide the same.
-        agreed = (lambda make: make()) if policy.planned else distributed.from_first
+        agreed = distributed.from_first if policy.observes else lambda make: make()
         if policy.probe_examples and (
             sizes := agreed(lambda: policy.probes(self.host.policy, self.examples_seen))
         ):
+            self.probed = sizes
             with self.paused(), self.timed('probe'):
                 probing.probe(self, sizes)
+            self.probed = ()
 
         def batch_size_at(examples_seen: int) -> int:
             self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
@@ -197,6 +207,7 @@ class Run:
         with self.timed('input'):
             batch = self.stream.take(updates)
         self.state, sums = self.stream.update(self.state, batch, updates, given)
+        self.host.seconds['input'] += self.stream.waited
         before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
         self.step += len(updates)
         self.previous = updates[-2].end if len(updates) > 1 else self.examples_seen
@@ -215,23 +226,14 @@ class Run:
             self.observe_update(step, update, rate, {name: x[k] for name, x in sums.items()}, seconds)
 
     def observe_update(
-        self,
-        step: int,
-        update: schedules.Update,
-        learning_rate: float,
-        sums: dict[str, Any],
-        seconds: float,
+        self, step: int, update: schedules.Update, learning_rate: float, sums: dict, seconds: float
     ) -> None:
         """Takes in the sums of one update."""
         learning_rate = float(sums.pop('learning_rate', learning_rate))
         self.host.seconds['train'] += seconds
         self.host.gradient_evaluations += self.experiment.gradients_of_example * update.batch_size
         self.host.window = metrics.add_sums(self.host.window, {'seconds': seconds})
-        self.host.observed = {
-            'step': step,
-            'examples_seen': update.end,
-            'learning_rate': learning_rate,
-        }
+        self.host.observed = {'step': step, 'examples_seen': update.end, 'learning_rate': learning_rate}
         if sums.pop('non_finite'):
             self.skip(update, sums)
         else:
@@ -341,6 +343,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
         with self.paused(), self.timed('evaluation'):
+            self.write_window()
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
             self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
             is_best = result['accuracy'] > self.host.best_accuracy
@@ -378,8 +381,6 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluates and saves the end of the run unless that was done, and writes the summary."""
-        with self.paused():
-            self.write_window()
         if self.host.evaluation is None or self.host.evaluation['step'] != self.step:
             self.evaluate()
         self.save()
@@ -389,11 +390,10 @@ class Run:
         """Writes the ``summary`` record, once the last checkpoint is there."""
         with self.timed('checkpoint'):
             self.checkpointer.wait()
-        summary = records.summary(self)
-        if not self.experiment.policy.planned:
-            workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
-        self.record('summary', self.step, self.examples_seen, **summary)
         try:
+            if self.host.decides:
+                workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
+            summary = self.record('summary', self.step, self.examples_seen, **records.summary(self))
             self.writer.sync()
         except OSError as error:
             raise SaveFailed(f'the summary could not be written: {error.strerror}') from error

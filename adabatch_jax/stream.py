@@ -43,6 +43,11 @@ class Stream:
         return self.steps[len(updates)](state, batch, *distributed.put_everywhere(scalars))
 
     @property
+    def waited(self) -> float:
+        """Seconds that the devices waited for parts of the last batch, where it came in parts."""
+        return getattr(self.steps[1].executable, 'waited', 0.0)
+
+    @property
     def compile_seconds(self) -> float:
         """Seconds of compiling its steps."""
         return sum(step.compile_seconds for step in self._compiled)

@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, experiment: Experiment, batch_size: int, pipeline=None):
         specs = experiment.train_specs(batch_size)
         count, spec = next(iter(specs.items()))
-        with compilation_cache.empty():
+        with compilation_cache.empty(distributed.is_shared):
             self.cold, self.step = steps.compile_step(spec), steps.compile_step(spec)
         self.batch_size, self.num_updates = batch_size, count
         self.split = experiment.plan.split(batch_size)

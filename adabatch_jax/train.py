@@ -96,6 +96,23 @@ def _agree_on(config: ml_collections.FrozenConfigDict) -> None:
     distributed.meet()
 
 
+def _agree_on_plan(experiment: Experiment) -> None:
+    """Refuses data, or a run to replay, that the first process has otherwise."""
+
+    def told():
+        info, stages = experiment.info, experiment.plan.stages
+        sizes = ', '.join(f'{stage.num_updates} updates with {stage.batch_size}' for stage in stages)
+        return f'{info.num_train} training and {info.num_eval} evaluation examples, {sizes}'
+
+    first = distributed.from_first(told)
+    if told() != first:
+        raise ConfigError(
+            f'config: got {told()} in process {jax.process_index()} and {first} in the first; accepted: '
+            'the same data, and the same run to replay, in all'
+        )
+    distributed.meet()
+
+
 @contextlib.contextmanager
 def _claimed(config, directory: pathlib.Path, may_differ: tuple[str, ...]) -> Iterator[None]:
     """A work directory that belongs to this run, and is in use by nobody else."""
@@ -134,8 +151,7 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
         try:
             return loop(run, stop, attempt.reason), None
         except jax.errors.JaxRuntimeError as error:
-            size = run.upcoming.batch_size if run.upcoming else run.host.batch_size
-            smaller = memory.smaller_microbatch(error, run.experiment, size)
+            smaller = memory.smaller_microbatch(error, run.experiment, run.at_work)
             if not distributed.is_alone():  # the others do not know of it, and wait
                 raise ConfigError(
                     f'config.batch.max_per_device: update {run.step + 1} ran out of memory; start all '
@@ -191,7 +207,9 @@ def plan(config: ml_collections.ConfigDict) -> schedules.Plan:
 def fitted(config: ml_collections.ConfigDict) -> Experiment:
     """The experiment of a config, its batches split as the memory of this machine's devices asks for."""
     config = resolve(config)
-    compilation_cache.enable(config.compile.cache_dir)  # a run that follows finds the step there
+    compilation_cache.enable(
+        config.compile.cache_dir, distributed.is_shared
+    )  # a run that follows finds the step there
     return memory.fit(describe(config))
 
 
@@ -207,8 +225,9 @@ def open_run(
     that a continued run computes the same on another machine, else that of the config.
     """
     start = time.perf_counter()
-    compilation_cache.enable(config.compile.cache_dir)
+    compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     experiment = describe(config)
+    _agree_on_plan(experiment)
     steps.CACHE.clear(keep=experiment.may_use)
     folder, host = directory / checkpoint.FOLDER, None
     is_new = distributed.from_first(lambda: not checkpoint.steps(folder))
@@ -303,7 +322,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     if saved is None:
         initial = policies.as_saved(policy.initial_state())
-        return HostState(now, initial, ladder=list(policy.ladder), devices=devices)
+        return HostState(now, initial, list(policy.ladder), devices=devices, decides=not policy.planned)
     names = {field.name for field in dataclasses.fields(HostState)}
     saved = {'gradient_evaluations': examples_seen} | saved  # or of a version that did not count
     host = HostState(**{name: value for name, value in saved.items() if name in names})
@@ -314,6 +333,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     if host.devices and host.devices != devices:  # of a version that did not say, nothing is known
         host.policy = policy.on_other_devices(host.policy)
     host.ladder, host.devices = list(policy.ladder), devices
+    host.decides |= not policy.planned
     return host
 
 

@@ -144,7 +144,8 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
     """Writes what describes the run into its directory, which exists.
 
     The config stays as the run began with it, except where it is continued with another schedule; the
-    plan is written anew, since a continued run may split its batches into other microbatches.
+    plan is written anew, where that can be, since a continued run may split its batches into other
+    microbatches.
 
     Raises:
       ConfigError: it cannot be written, or the run there had another number of training examples.
@@ -159,7 +160,11 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
     try:
         if not (workdir / CONFIG_FILE).exists() or differences(config, resolve(read_config(workdir))):
             write_whole(workdir / CONFIG_FILE, to_json(config))
-        write_whole(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
+        try:
+            write_whole(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
+        except OSError:  # of a disk that has filled up since the run began
+            if not (workdir / PLAN_FILE).exists():
+                raise
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
 
@@ -184,6 +189,12 @@ def write_schedule(
         'stages': stages,
     }
     write_whole(pathlib.Path(workdir, SCHEDULE_FILE), json.dumps(schedule, indent=2) + '\n')
+
+
+def remove_schedule(workdir: str | os.PathLike) -> None:
+    """Removes what ``write_schedule`` wrote of a run that is now prolonged, and will be another."""
+    with contextlib.suppress(OSError):
+        pathlib.Path(workdir, SCHEDULE_FILE).unlink()
 
 
 def _advice(differing: list[str]) -> str:

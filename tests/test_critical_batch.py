@@ -178,3 +178,19 @@ def test_probes_too_short_for_the_ladder_are_a_mistake_and_their_cost_is_in_the_
         train.plan(tiny(**PROBING | {'batch.critical_batch.probe_epochs': 9.0}))
     note = train.fitted(tiny(**PROBING)).policy.note
     assert note == 'Probes, beside these updates: at most 5 x 2 branches of 64 examples.'
+
+
+def test_a_branch_whose_batch_leaves_out_the_rest_of_the_epoch_has_a_loss_all_the_same(tmp_path, capsys):
+    """Of 100 examples 36 are left: the branch with 64 begins with the next epoch, and has one update."""
+    changes = {
+        'dataset.num_examples': 100,
+        'dataset.remainder': 'drop',
+        'batch.base_size': 16,
+        'batch.max_size': 64,
+        'batch.critical_batch.probe_epochs': 1.3,
+        'batch.statistics.max_rungs': 2,
+    }
+    train.train(tiny(**PROBING | changes | {'num_epochs': 3.0}), tmp_path)
+    probed = [line for line in capsys.readouterr().out.splitlines() if 'probed batch sizes' in line]
+    assert probed[0].startswith('epoch 0.64: ') and ' with 64' in probed[0]
+    assert not any('nan' in line for line in probed)

@@ -258,3 +258,62 @@ def test_a_run_whose_batches_come_in_parts_trains_as_one_whose_do_not(tmp_path, 
     whole, parts = (train_state.restore(tmp_path / name) for name in ('whole', 'parts'))
     for a, b in zip(*map(jax.tree.leaves, (whole.variables, parts.variables)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_microbatch_has_no_more_images_than_a_device_is_given_at_once(monkeypatch):
+    monkeypatch.setattr(experiment, 'PART_BYTES', 2 * 8 * 8 * 3)
+    described, asked = fit(1000)
+    assert asked == [2] and described.plan.largest_microbatch == 2
+    grouped, _ = fit(1000, **{'model.batch_norm': 'ghost:4'})
+    assert grouped.plan.largest_microbatch == 4
+
+
+PROBING = {
+    'num_epochs': 2.0,
+    'batch.policy': 'critical_batch',
+    'batch.max_size': 32,
+    'batch.critical_batch.every_epochs': 0.5,
+    'batch.critical_batch.probe_epochs': 1.0,
+}
+
+
+def test_a_probe_that_runs_out_of_memory_halves_the_microbatch_of_the_probe(tmp_path, monkeypatch):
+    """The run itself has batches of 8, whose microbatch of 4 stays."""
+    cache = Failing(monkeypatch, largest=8)
+    train.train(make_config(**PROBING), tmp_path)
+    assert cache.failures == 1
+    records = metrics.read_records(tmp_path)
+    told = [r['reason'] for r in records if r['kind'] == 'session']
+    assert 'microbatches of at most 8 examples' in told[-1]
+    assert [r['microbatch_size'] for r in records if r['kind'] == 'stage'][0] == 4
+
+
+class Late:
+    """What an update gives that ran out of memory, as JAX tells when it is read."""
+
+    def is_ready(self):
+        return True
+
+    def __array__(self, *_, **__):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+
+def test_the_last_batch_of_a_stage_may_be_the_one_that_ran_out_of_memory(tmp_path, monkeypatch):
+    """It is seen to have failed when the smaller batch of the next stage is to come."""
+    real, calls = steps.CACHE.get, []
+
+    def get(spec):
+        step = real(spec)
+
+        def run(state, *arguments):
+            state, sums = step(state, *arguments)
+            calls.append(spec.batch_size)
+            return state, {name: Late() for name in sums} if calls == [32, 32] else sums
+
+        return dataclasses.replace(step, executable=run) if spec.train else step
+
+    monkeypatch.setattr(steps.CACHE, 'get', get)
+    shrinks = {'batch.policy': 'stages', 'batch.stages': ((0, 32), (1, 8)), 'num_epochs': 2.0}
+    train.train(make_config(**shrinks), tmp_path)
+    told = [r['reason'] for r in metrics.read_records(tmp_path) if r['kind'] == 'session']
+    assert 'microbatches of at most 8 examples' in told[-1]

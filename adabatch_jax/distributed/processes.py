@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,6 +232,27 @@ def smallest(value: float) -> float:
         return value
     meet()
     return float(multihost_utils.process_allgather(np.float32(value)).min())
+
+
+def is_shared(folder: str) -> bool:
+    """Whether every process finds in a folder what the first one writes there; it is made if need be."""
+    if is_alone():
+        return bool(folder)
+
+    def mark():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            return tempfile.NamedTemporaryFile(prefix='shared-', dir=folder)  # until all have looked
+        except OSError:  # there is none, or nothing can be written there
+            return None
+
+    marked = mark() if is_first() else None
+    name = from_first(lambda: marked and os.path.basename(marked.name))
+    found = bool(name) and os.path.exists(os.path.join(folder, name))
+    all_found = bool(smallest(float(found)))
+    if marked:
+        marked.close()
+    return all_found
 
 
 def largest(value: float) -> float:

@@ -12,9 +12,11 @@ import json
 import os
 import pathlib
 import re
+import time
 
 import numpy as np
 
+PAUSES = (0.1, 0.5, 2.0, 5.0)  # seconds between tries to read an image
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
 
 
@@ -47,10 +49,23 @@ class EncodedSplit:
         return EncodedSplit(self.paths, self.files[part], self.offsets[part], self.lengths[part], labels)
 
     def read(self, example: int) -> bytes:
-        """The bytes of an example."""
-        with open(self.paths[self.files[example]], 'rb', buffering=0) as file:
-            file.seek(self.offsets[example])
-            return file.read(self.lengths[example])
+        """The bytes of an example; tried again for some seconds where a disk in a network fails.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                with open(self.paths[self.files[example]], 'rb') as file:
+                    file.seek(self.offsets[example])
+                    return file.read(self.lengths[example])
+            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+                raise
+            except OSError:
+                if (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause)
 
     def name(self, example: int) -> str:
         """The file of an example, and where in it, for people."""

@@ -126,7 +126,12 @@ class AccumulatingStep:
 
     It takes an iterable of parts in place of the batch, and asks for a part only when the one before
     the last is done, so that memory holds a few parts however many there are.
+
+    Attributes:
+      waited: seconds that the devices waited for parts of the last batch.
     """
+
+    waited = 0.0
 
     def __init__(self, spec: StepSpec):
         state, batch, *scalars = _shapes(spec)
@@ -155,8 +160,13 @@ class AccumulatingStep:
         self.memory_bytes = max(_memory_bytes(step) for step in (self._add, self._apply))
 
     def __call__(self, state, parts, learning_rate, examples_seen):
-        totals, before = self._zero(state, self._devices), None
-        for part, first_microbatch in zip(parts, self._first, strict=True):
+        totals, before, self.waited = self._zero(state, self._devices), None, 0.0
+        parts = iter(parts)
+        for first_microbatch in self._first:
+            began = time.perf_counter()
+            part = next(parts)
+            if totals[2]['count'].is_ready():  # else the devices have been at work meanwhile
+                self.waited += time.perf_counter() - began
             totals, done = self._add(state, totals, part, first_microbatch)
             jax.block_until_ready(before)
             before = done

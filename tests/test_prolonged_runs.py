@@ -1,0 +1,67 @@
+"""What a run leaves behind for others, where several of its promises meet."""
+
+import errno
+import json
+
+import pytest
+from test_statistical_runs import CONFIG
+from test_train import StopAt, of_kind, tiny
+
+from adabatch_jax import train, workdir
+from adabatch_jax.config import ConfigError
+
+SHORT = CONFIG | {'num_epochs': 2.0}
+PROLONGED = CONFIG | {'num_epochs': 3.0, 'batch.policy': 'fixed'}
+
+
+def test_a_run_that_was_prolonged_is_replayed_as_a_whole_and_not_before_its_end(tmp_path):
+    directory = tmp_path / 'run'
+    train.train(tiny(**SHORT), directory)
+    replay = {'batch.policy': 'replay', 'batch.replay': str(directory)}
+    of_first = train.plan(tiny(**SHORT | replay))
+    with pytest.raises(train.Preempted):
+        train.train(tiny(**PROLONGED), directory, StopAt(3), allow_schedule_change=True)
+    with pytest.raises(ConfigError, match='config.batch.replay: got .*; accepted: the work directory'):
+        train.plan(tiny(**PROLONGED | replay))
+    train.train(tiny(**PROLONGED), directory)
+    trained = [(s['examples_seen'], s['batch_size']) for s in of_kind(directory, 'stage')]
+    of_all = train.plan(tiny(**PROLONGED | replay))
+    assert {(stage.start, stage.batch_size) for stage in of_all.stages} <= set(trained)
+    assert [s.batch_size for s in of_all.stages] == [*(s.batch_size for s in of_first.stages), 8]
+
+
+def test_a_schedule_that_cannot_be_written_at_the_end_is_tried_again_by_the_same_command(
+    tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, 'write_schedule', full)
+        with pytest.raises(train.SaveFailed, match='No space left on device'):
+            train.train(tiny(**SHORT), tmp_path)
+    assert not of_kind(tmp_path, 'summary')
+    train.train(tiny(**SHORT), tmp_path)
+    assert json.loads((tmp_path / 'schedule.json').read_text())['num_epochs'] == 2.0
+
+
+def test_a_plan_that_is_there_needs_no_room_on_the_disk(tmp_path, monkeypatch):
+    with pytest.raises(train.Preempted):
+        train.train(tiny(), tmp_path, StopAt(3))
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(workdir, 'write_whole', full)
+    assert train.train(tiny(), tmp_path)['kind'] == 'summary'
+
+
+def test_a_run_that_ends_and_one_that_has_ended_give_the_same_record(tmp_path):
+    ended = train.train(tiny(num_epochs=1.0), tmp_path)
+    assert ended == train.train(tiny(num_epochs=1.0), tmp_path) == of_kind(tmp_path, 'summary')[0]
+
+
+def test_every_evaluation_has_the_training_record_of_the_updates_before_it(tmp_path):
+    train.train(tiny(num_epochs=2.0, log_every_steps=1000, eval_every_epochs=0.5), tmp_path)
+    evaluated, trained = ([r['step'] for r in of_kind(tmp_path, kind)] for kind in ('eval', 'train'))
+    assert len(evaluated) == 4 and set(evaluated) <= set(trained)
