@@ -320,6 +320,40 @@ def test_processes_end_while_they_look_for_failures():
     assert [status for _, status in ends] == [0] * 4, ends
 
 
+def test_compiled_steps_are_kept_where_all_processes_find_them(tmp_path):
+    """Else some would compile while the others do not, and GPUs' processes wait for one another."""
+    code = (
+        'import sys, jax; from adabatch_jax import compilation_cache as c, distributed as d; '
+        'd.join(sys.argv[1], 2, int(sys.argv[2])); '
+        'c.enable(sys.argv[3], d.is_shared); print("kept:", c.is_enabled()); '
+        'c.enable(sys.argv[4], d.is_shared); print("kept:", c.is_enabled())'
+    )
+    address = f'localhost:{free_port()}'
+    ends = finish([start(('-c', code, address, k, tmp_path, tmp_path / f'{k}'), 1) for k in range(2)])
+    for output, status in ends:
+        assert status == 0 and output.count('kept: True\nkept: False') == 1, output
+    assert [list(folder.iterdir()) for folder in tmp_path.glob('jaxlib-*')] == [[]]
+
+
+def test_processes_that_replay_different_runs_are_refused(tmp_path):
+    schedule = {'policy': 'noise_scale', 'num_examples': 128, 'num_epochs': 2.0, 'coupling': 'linear'}
+    schedule |= {'statistics': '', 'max_per_device': 4}
+    command = ('-m', 'adabatch_jax.main', *FLAGS, f'--workdir={tmp_path / "run"}')
+    command += ('--config.batch.policy=replay', '--config.batch.replay=~/replayed')
+    command += (f'--coordinator_address=localhost:{free_port()}', '--num_processes=2')
+    started = []
+    for k, size in enumerate((8, 16)):  # each with a home of its own
+        stages = [{'examples_seen': 0, 'batch_size': size, 'reason': ''}]
+        folder = tmp_path / f'{k}' / 'replayed'
+        folder.mkdir(parents=True)
+        (folder / 'schedule.json').write_text(json.dumps(schedule | {'stages': stages}))
+        home = {'HOME': str(tmp_path / f'{k}')}
+        started.append(start((*command, f'--process_id={k}'), 2, home))
+    ends = finish(started, timeout=120)
+    assert [status for _, status in ends] == [2, 2], ends
+    assert '32 updates with 8 in the first; accepted: the same data' in ends[0][0] + ends[1][0]
+
+
 def test_processes_with_different_modes_are_refused(whole):
     command = '-m', 'adabatch_jax.main', f'--workdir={whole}', *FLAGS
     ends = finish(two((*command, '--mode=plan'), (*command, '--mode=eval')), timeout=120)

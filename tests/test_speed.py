@@ -1,7 +1,9 @@
 """What must not happen while a run trains, counted: compiles, dispatches, transfers, late beginnings."""
 
 import concurrent.futures
+import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -182,3 +184,28 @@ def test_without_a_persistent_cache_nothing_is_said_to_come_from_it(tmp_path, mo
     assert not {'cache_hits', 'cache_misses'} & summary.keys()
     terminal.print_stages([], summary)
     assert 'no persistent cache of compiled code' in capsys.readouterr().out
+
+
+def test_the_time_that_devices_wait_for_parts_of_a_batch_is_counted_as_input(tmp_path, monkeypatch):
+    """By a clock that moves ten seconds with each part: 4, 8 and 16 examples a device come by twos."""
+    seconds = 0.0
+    islice = itertools.islice
+
+    def slow(parts, count):
+        def wait():
+            nonlocal seconds
+            for part in islice(parts, count):
+                jax.block_until_ready(jax.live_arrays())
+                seconds += 10.0
+                yield part
+
+        return wait()
+
+    monkeypatch.setattr(experiment, 'PART_BYTES', 2 * 8 * 8 * 3)
+    monkeypatch.setattr(stream, 'itertools', types.SimpleNamespace(islice=slow, chain=itertools.chain))
+    clock = types.SimpleNamespace(perf_counter=lambda: seconds)
+    monkeypatch.setattr(steps.compiled, 'time', clock)
+    config = tiny(**{'batch.max_per_device': 2})
+    summary = train.train(config, tmp_path)
+    parts = sum(stage.num_updates * stage.batch_size // 4 for stage in train.plan(config).stages)
+    assert 10 * parts <= summary['input_seconds'] < 10 * parts + 60
