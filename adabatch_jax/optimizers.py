@@ -76,8 +76,8 @@ def create(
       momentum: m of sgd and LARS; 0 keeps no buffer.
       nesterov: look-ahead momentum of sgd and LARS.
       weight_decay: coefficient; added to the gradient, or to the update for adamw and lamb.
-      decayed: ``'all'`` parameters, or ``'kernels'``: neither biases nor BatchNorm parameters
-        (Goyal et al., 2017, section 5.3). LARS always leaves those out.
+      decayed: ``'all'`` parameters, or ``'kernels'``: neither biases nor BatchNorm parameters, as
+        Goyal et al., 2017, leave out those of BatchNorm. LARS always leaves out both.
       trust_coefficient: eta of LARS.
       beta1: decay of the first moment of adam, adamw and lamb.
       beta2: decay of their second moment.

@@ -207,9 +207,8 @@ def plan(config: ml_collections.ConfigDict) -> schedules.Plan:
 def fitted(config: ml_collections.ConfigDict) -> Experiment:
     """The experiment of a config, its batches split as the memory of this machine's devices asks for."""
     config = resolve(config)
-    compilation_cache.enable(
-        config.compile.cache_dir, distributed.is_shared
-    )  # a run that follows finds the step there
+    # A run that follows finds the step there.
+    compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     return memory.fit(describe(config))
 
 
