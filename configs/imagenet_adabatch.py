@@ -24,13 +24,13 @@ that do not fit into memory are split by themselves (batch.max_per_device=0).
 
 Expected: 8,190, 6,120 and 5,310 updates of adaptive_2, adaptive_4 and adaptive_8 against 14,040 of fixed
 and 450,360 of small. A partial batch at an epoch's end makes no update, as in the official code
-(NVlabs/AdaBatch on GitHub, adabatch_imagenet.py); for 524,288 that is 18 % of the images of an epoch, and
+(NVlabs/AdaBatch on GitHub, adabatch_imagenet.py), which for 524,288 is 18 % of the images of an epoch;
 --config.dataset.remainder=carry skips none.
 
 Where the official code differs: its fixed runs decay the learning rate one epoch earlier than its
 adaptive ones, which change batch and rate at the same epochs as here; its warm-up is a staircase that is
-at its end in the fifth epoch; and running BatchNorm statistics move with each microbatch there, here with
-each update, by the mean of its microbatches.
+at its end in the fifth epoch; and running BatchNorm statistics move with each microbatch there, while
+here they move with each update, by the mean of its microbatches.
 
 Could not be verified against the paper: alexnet's learning rate, which is 0.01 here, since the PyTorch
 example that the official script is built on calls 0.1 too high for a network without BatchNorm; the
