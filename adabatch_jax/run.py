@@ -281,9 +281,8 @@ class Run:
         )
         self.host.counts['skipped_in_a_row'] += 1
         if options.action != 'skip' or self.host.counts['skipped_in_a_row'] > options.max_skipped:
-            skipped = options.action == 'skip'
-            in_a_row = f', {self.host.counts["skipped_in_a_row"]} in a row' if skipped else ''
-            raise Diverged(f'training diverged: {what} at {where}{in_a_row}')
+            where += f', {self.host.counts["skipped_in_a_row"]} in a row' * (options.action == 'skip')
+            raise Diverged(f'training diverged: {what} at {where}')
         self.host.counts['skipped'] += 1
         self.host.window = metrics.add_sums(self.host.window, {'skipped': 1})
         terminal.say(f'epoch {self.epoch:.4g}: skipped {where}: {what}')
@@ -342,8 +341,9 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
-        with self.paused(), self.timed('evaluation'):
+        with self.paused(), self.timed('log'):
             self.write_window()
+        with self.paused(), self.timed('evaluation'):
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
             self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
             is_best = result['accuracy'] > self.host.best_accuracy

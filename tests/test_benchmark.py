@@ -65,7 +65,7 @@ def test_all_the_time_that_records_take_is_taken_from_the_updates(tmp_path, monk
     def slow(self, kind, *args, **fields):
         if kind == 'train':
             time.sleep(0.1)
-        write(self, kind, *args, **fields)
+        return write(self, kind, *args, **fields)
 
     monkeypatch.setattr(run.Run, 'record', slow)
     config = tiny(num_epochs=1.5, checkpoint_every_epochs=0.08, log_every_steps=1)
