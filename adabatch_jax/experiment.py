@@ -255,20 +255,7 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         statistics = statistics or 'norms'
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
-    with user_errors('config.model'):
-        group = models.check_batch_norm(config.model.batch_norm) or 1
-    with user_errors('config.batch'):
-        plan = schedules.make_plan(
-            clock,
-            policy.transitions,
-            rate,
-            num_devices=num_devices or jax.device_count(),
-            max_per_device=config.batch.max_per_device or policy.max_per_device,
-            microbatch_multiple=group,
-            min_groups=2 if statistics else 1,
-            ladder=policy.ladder,
-            planned=policy.planned,
-        )
+    plan = _plan(config, clock, policy, rate, statistics, num_devices or jax.device_count())
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -287,6 +274,23 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
     parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load, statistics, note)
     experiment = Experiment(config, *parts)
     return _reduced(experiment) if is_reduced else experiment
+
+
+def _plan(config, clock, policy, rate, statistics: str, num_devices: int) -> schedules.Plan:
+    with user_errors('config.model'):
+        group = models.check_batch_norm(config.model.batch_norm) or 1
+    with user_errors('config.batch'):
+        return schedules.make_plan(
+            clock,
+            policy.transitions,
+            rate,
+            num_devices=num_devices,
+            max_per_device=config.batch.max_per_device or policy.max_per_device,
+            microbatch_multiple=group,
+            min_groups=2 if statistics else 1,
+            ladder=policy.ladder,
+            planned=policy.planned,
+        )
 
 
 def _reduced(experiment: Experiment) -> Experiment:
