@@ -18,14 +18,14 @@ def split(tmp_path):
     return encoded.EncodedSplit((str(file),), one, np.array([2, 5]), np.array([3, 5]), one)
 
 
-def failing(monkeypatch, number, times):
-    """``open`` raises an error of the system for some times; returns the pauses that were made."""
+def failing(monkeypatch, split, number, times):
+    """To open its file raises an error of the system for some times; the pauses that were made."""
     left, pauses, real = [number] * times, [], builtins.open
 
-    def opening(*args, **kwargs):
-        if left:
+    def opening(file, *args, **kwargs):
+        if left and file in split.paths:
             raise OSError(left.pop(), 'as told')
-        return real(*args, **kwargs)
+        return real(file, *args, **kwargs)
 
     monkeypatch.setattr(builtins, 'open', opening)
     monkeypatch.setattr(encoded.time, 'sleep', pauses.append)
@@ -38,20 +38,20 @@ def test_examples_are_read_whole(split):
 
 @pytest.mark.parametrize('number', [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 def test_a_read_that_fails_is_tried_again_after_a_pause(split, number, monkeypatch):
-    pauses = failing(monkeypatch, number, times=len(encoded.PAUSES))
+    pauses = failing(monkeypatch, split, number, times=len(encoded.PAUSES))
     assert split.read(0) == b'234'
     assert tuple(pauses) == encoded.PAUSES
 
 
 def test_a_read_that_fails_for_good_raises(split, monkeypatch):
-    failing(monkeypatch, errno.EIO, times=len(encoded.PAUSES) + 1)
+    failing(monkeypatch, split, errno.EIO, times=len(encoded.PAUSES) + 1)
     with pytest.raises(OSError, match='as told'):
         split.read(0)
 
 
 @pytest.mark.parametrize('number', [errno.ENOENT, errno.EACCES, errno.EISDIR])
 def test_what_is_not_there_is_told_at_once(split, number, monkeypatch):
-    pauses = failing(monkeypatch, number, times=1)
+    pauses = failing(monkeypatch, split, number, times=1)
     with pytest.raises(OSError, match='as told'):
         split.read(0)
     assert pauses == []
