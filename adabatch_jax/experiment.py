@@ -131,8 +131,8 @@ class Experiment:
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
         first stage.
         """
-        in_parts = self.in_parts()
-        largest = [] if self.plan.max_per_device else [in_parts.train_spec(self.plan.ladder[-1])]
+        size = self.plan.ladder[-1]
+        largest = [] if self.plan.max_per_device else [self.in_parts().train_spec(size)]
         first = self.stage_specs(self.policy.transitions[0].batch_size)
         for spec in (*largest, *first):
             steps.CACHE.precompile(spec)

@@ -258,6 +258,7 @@ def open_run(
 
         distributed.from_first(open_files)
         kept = _host_state(experiment, host, int(state.examples_seen))
+        kept.decides |= not experiment.policy.planned
         began = start - kept.seconds['wall'] if attempt.began is None else attempt.began
         run = Run(experiment, pipeline, writer, saver, state, kept, began)
         if attempt.fall_backs is not None:
@@ -321,7 +322,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     if saved is None:
         initial = policies.as_saved(policy.initial_state())
-        return HostState(now, initial, list(policy.ladder), devices=devices, decides=not policy.planned)
+        return HostState(now, initial, ladder=list(policy.ladder), devices=devices)
     names = {field.name for field in dataclasses.fields(HostState)}
     saved = {'gradient_evaluations': examples_seen} | saved  # or of a version that did not count
     host = HostState(**{name: value for name, value in saved.items() if name in names})
@@ -332,7 +333,6 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
     if host.devices and host.devices != devices:  # of a version that did not say, nothing is known
         host.policy = policy.on_other_devices(host.policy)
     host.ladder, host.devices = list(policy.ladder), devices
-    host.decides |= not policy.planned
     return host
 
 

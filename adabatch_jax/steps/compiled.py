@@ -161,15 +161,13 @@ class AccumulatingStep:
 
     def __call__(self, state, parts, learning_rate, examples_seen):
         totals, before, self.waited = self._zero(state, self._devices), None, 0.0
-        parts = iter(parts)
-        for first_microbatch in self._first:
-            began = time.perf_counter()
-            part = next(parts)
+        asked = time.perf_counter()
+        for part, first_microbatch in zip(parts, self._first, strict=True):
             if totals[2]['count'].is_ready():  # else the devices have been at work meanwhile
-                self.waited += time.perf_counter() - began
+                self.waited += time.perf_counter() - asked
             totals, done = self._add(state, totals, part, first_microbatch)
             jax.block_until_ready(before)
-            before = done
+            before, asked = done, time.perf_counter()
         return self._apply(state, totals, learning_rate, examples_seen)
 
 
