@@ -110,9 +110,10 @@ def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
-    agree_on_mode(values)
-    if values.mode != 'train' and distributed.is_joined():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a training loop to ask about
+    if distributed.is_joined():  # with another mode the others would wait for ever
+        distributed.agree({'--mode': values.mode}, ConfigError)
+        if values.mode != 'train':
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a loop to ask about
     if values.mode == 'plan':
         print_plan(values.config, values.devices, values.benchmark)
         return 0
@@ -136,16 +137,6 @@ def run(values: flags.FlagValues) -> int:
         return train_run(values.config, values.workdir, values.allow_schedule_change)
     finally:
         progress.quiet = False
-
-
-def agree_on_mode(values: flags.FlagValues) -> None:
-    """Refuses modes that differ between processes, which would wait for one another for ever."""
-    if not distributed.is_joined():
-        return
-    first = distributed.from_first(lambda: values.mode)
-    if values.mode != first:
-        raise ConfigError(f'--mode: got {values.mode} here and {first} in the first process')
-    distributed.meet()
 
 
 def check(values: flags.FlagValues) -> None:

@@ -86,31 +86,16 @@ def _agree_on(config: ml_collections.FrozenConfigDict) -> None:
 
     Each would make the updates of another run, and the weights of none be saved.
     """
-    ours = flatten(config)
-    for key, value in distributed.from_first(lambda: flatten(config)).items():
-        if key not in OF_A_MACHINE and ours[key] != value:
-            raise ConfigError(
-                f'config.{key}: got {ours[key]!r} in process {jax.process_index()} and {value!r} in the '
-                'first; accepted: the same in all'
-            )
-    distributed.meet()
+    keys = flatten(config).items()
+    distributed.agree({f'config.{k}': v for k, v in keys if k not in OF_A_MACHINE}, ConfigError)
 
 
 def _agree_on_plan(experiment: Experiment) -> None:
     """Refuses data, or a run to replay, that the first process has otherwise."""
-
-    def told():
-        info, stages = experiment.info, experiment.plan.stages
-        sizes = ', '.join(f'{stage.num_updates} updates with {stage.batch_size}' for stage in stages)
-        return f'{info.num_train} training and {info.num_eval} evaluation examples, {sizes}'
-
-    first = distributed.from_first(told)
-    if told() != first:
-        raise ConfigError(
-            f'config: got {told()} in process {jax.process_index()} and {first} in the first; accepted: '
-            'the same data, and the same run to replay, in all'
-        )
-    distributed.meet()
+    info, stages = experiment.info, experiment.plan.stages
+    counts = f'{info.num_train} training and {info.num_eval} evaluation examples'
+    sizes = ', '.join(f'{stage.num_updates} updates with {stage.batch_size}' for stage in stages)
+    distributed.agree({'config.dataset': counts, 'config.batch': sizes}, ConfigError)
 
 
 @contextlib.contextmanager

@@ -351,14 +351,15 @@ def test_processes_that_replay_different_runs_are_refused(tmp_path):
         started.append(start((*command, f'--process_id={k}'), 2, home))
     ends = finish(started, timeout=120)
     assert [status for _, status in ends] == [2, 2], ends
-    assert '32 updates with 8 in the first; accepted: the same data' in ends[0][0] + ends[1][0]
+    refusal = "got '16 updates with 16' in process 1 and '32 updates with 8' in the first"
+    assert f'config.batch: {refusal}; accepted: the same in all' in ends[0][0] + ends[1][0]
 
 
 def test_processes_with_different_modes_are_refused(whole):
     command = '-m', 'adabatch_jax.main', f'--workdir={whole}', *FLAGS
     ends = finish(two((*command, '--mode=plan'), (*command, '--mode=eval')), timeout=120)
     assert [status for _, status in ends] == [2, 2], ends
-    assert '--mode: got eval here and plan in the first process' in ends[0][0]
+    assert "--mode: got 'eval' in process 1 and 'plan' in the first; accepted: the same" in ends[0][0]
 
 
 def test_an_interrupt_ends_a_process_that_waits_for_others():

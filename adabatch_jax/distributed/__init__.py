@@ -14,6 +14,7 @@ from adabatch_jax.distributed.devices import (
     split_parts,
 )
 from adabatch_jax.distributed.processes import (
+    agree,
     asked_to_stop,
     fail,
     from_first,
@@ -30,6 +31,7 @@ from adabatch_jax.distributed.processes import (
 
 __all__ = [
     'AXIS_NAME',
+    'agree',
     'asked_to_stop',
     'fail',
     'from_first',

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -190,6 +190,24 @@ def from_first(make: Callable[[], T]) -> T:
     if not succeeded:
         raise value
     return value
+
+
+def agree(values: Mapping[str, Any], error: type[Exception] = ValueError) -> None:
+    """Has every process end, by raising ``error``, where one was given other values than the first.
+
+    Args:
+      values: what they were given, by the name that an error shall have for it; small and picklable.
+      error: made with a line that has the name, both values and the process.
+    """
+    first = from_first(lambda: values)
+    for name in {**first, **values}:
+        ours, theirs = values.get(name), first.get(name)
+        if ours != theirs:
+            raise error(
+                f'{name}: got {ours!r} in process {jax.process_index()} and {theirs!r} in the first; '
+                'accepted: the same in all'
+            )
+    meet()
 
 
 def meet() -> None:
