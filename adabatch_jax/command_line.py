@@ -145,9 +145,11 @@ def run(
         return distributed.fail(2, f'error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
         return distributed.fail(130, f'interrupted{interrupted}')
-    except Exception:
+    except Exception as error:
         if not distributed.is_joined():
             raise
+        if distributed.says_another_is_gone(error):
+            return distributed.abandon(error)
         return distributed.fail(1, traceback.format_exc())
 
 

@@ -207,6 +207,9 @@ def group(runs: Sequence[Run]) -> list[Group]:
     keys = sorted({key for config in configs for key in config})
     keys.sort(key=lambda key: key != 'batch.policy')  # that first
     differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs}) > 1]
+    decay, growth = 'learning_rate.decay_epochs', 'batch.growth_epochs'
+    if decay in differing and all(c.get(decay) == c.get(growth) for c in configs):
+        differing.remove(decay)  # it follows the other, see config.resolve
     found = []
     for numbers, config in zip(groups.values(), configs, strict=True):
         members = tuple(runs[number] for number in numbers)

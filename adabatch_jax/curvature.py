@@ -111,7 +111,7 @@ def lanczos(product: Callable[[Any], Any], like: Any, num_steps: int, seed: int 
     basis[0], dropped = _unit(rng.normal(size=size)), 0.0
     for k in range(num_steps):
         result = product(unravel(np.asarray(basis[k], flat.dtype)))
-        following = np.asarray(ravel_pytree(result)[0], np.float64)
+        following = np.array(ravel_pytree(result)[0], np.float64)
         if not np.isfinite(following).all():  # of a run that diverged
             return Eigenvalues(*np.full((2, num_steps), np.nan))
         scale = np.linalg.norm(following)

@@ -221,12 +221,17 @@ class Experiment:
         )
 
 
-def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = None) -> Experiment:
+def describe(
+    config: ml_collections.FrozenConfigDict,
+    num_devices: int | None = None,
+    begun_on_others: bool = False,
+) -> Experiment:
     """Builds the parts of a resolved config and refuses what would fail later in its run.
 
     Args:
       config: from ``config.resolve``.
       num_devices: to plan for, where they are others than those at hand.
+      begun_on_others: whether other devices may have trained a part; see ``make_plan``.
 
     Raises:
       ConfigError: naming the key, the value and what is accepted.
@@ -255,7 +260,8 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
         statistics = statistics or 'norms'
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
-    plan = _plan(config, clock, policy, rate, statistics, num_devices or jax.device_count())
+    num_devices = num_devices or jax.device_count()
+    plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
     with user_errors('config.model'):
         model = models.get_model(
             config.model.name,
@@ -276,7 +282,7 @@ def describe(config: ml_collections.FrozenConfigDict, num_devices: int | None = 
     return _reduced(experiment) if is_reduced else experiment
 
 
-def _plan(config, clock, policy, rate, statistics: str, num_devices: int) -> schedules.Plan:
+def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others) -> schedules.Plan:
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
     with user_errors('config.batch'):
@@ -290,6 +296,7 @@ def _plan(config, clock, policy, rate, statistics: str, num_devices: int) -> sch
             min_groups=2 if statistics else 1,
             ladder=policy.ladder,
             planned=policy.planned,
+            begun_on_others=begun_on_others,
         )
 
 

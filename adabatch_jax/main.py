@@ -192,12 +192,14 @@ def train_run(config, directory: str, allow_schedule_change: bool) -> int:
 def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
     """Prints the plan on the devices at hand or on others, and how many of them pay off."""
     # The memory of devices that are not at hand is not known.
-    experiment = describe(resolve(config), num_devices) if num_devices else train.fitted(config)
+    # Those that do not pay off in a stage need not be able to share its batches.
+    others = bool(num_devices and benchmark)
+    experiment = describe(resolve(config), num_devices, others) if num_devices else train.fitted(config)
     terminal.print_plan(experiment.plan, experiment.normalised_over, experiment.note)
     if benchmark:
         with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
             model = scaling.Model.from_benchmark(json.load(file), experiment.gradient_bytes)
-        terminal.print_worthwhile(experiment.plan, model)
+        terminal.print_worthwhile(experiment.plan, model, experiment.policy.ladder)
     elif num_devices:
         terminal.say(
             'How many devices pay off in each stage: --benchmark=FILE with what python -m '

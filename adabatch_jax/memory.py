@@ -54,14 +54,14 @@ def fit(
     from above and stops at the first that fits.
 
     Args:
-      experiment: one with ``batch.max_per_device=0``; else it is returned as it is.
+      experiment: one with ``batch.max_per_device=0``, and steps to run; else it is returned as it is.
       available: bytes of one device that a step may take; measured where left out.
       memory_of: bytes that a step needs.
 
     Raises:
       ConfigError: even the smallest microbatch needs more.
     """
-    if experiment.plan.max_per_device:
+    if experiment.plan.max_per_device or not experiment.plan.ladder:
         return experiment
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)

@@ -148,9 +148,10 @@ class Model:
         found = 1
         for more in (n for n in range(2, min(num_devices, batch_size) + 1) if batch_size % n == 0):
             gain = WORTH ** math.log2(more / found)
-            if self.update(batch_size, found) < gain * self.update(batch_size, more):
+            if self.update(batch_size, found) >= gain * self.update(batch_size, more):
+                found = more
+            elif more >= 2 * found:  # fewer than twice as many may miss it by one more message alone
                 break
-            found = more
         return found
 
     def run(self, stages: Iterable[Stage], num_devices: int, worthwhile: bool = False) -> float:

@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -109,7 +109,9 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
             str(stage.index),
             f'{clock.epoch(stage.start):.5g} - {clock.epoch(stage.end):.5g}',
             f'{stage.batch_size:,}',
-            f'{plan.num_devices} x {stage.num_microbatches} x {stage.microbatch_size}',
+            f'{plan.num_devices} x {n} x {stage.microbatch_size}'
+            if (n := stage.num_microbatches)
+            else '-',
             f'{over:,}' if (over := normalised_over(stage)) else '-',
             f'{stage.num_updates:,}',
             _rates(plan, stage),
@@ -240,20 +242,30 @@ def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
     )
 
 
-def print_worthwhile(plan: Plan, model: Model) -> None:
-    """Prints for each stage of a plan how many of its devices pay off."""
+def print_worthwhile(plan: Plan, model: Model, ladder: Sequence[int]) -> None:
+    """Prints for each stage of a plan how many of its devices pay off.
+
+    Args:
+      plan: of the run.
+      model: of its updates.
+      ladder: the batch sizes to tell it of where the plan does not know the stages.
+    """
     num_devices = plan.num_devices
     table = _table(
         'Devices that pay off', 'stage', 'batch', 'devices', 'images/s', 'time', 'device hours',
         f'images/s on {num_devices:,}', 'time', 'device hours',
     )  # fmt: skip
-    for stage in plan.stages:
-        paying, cells = model.worthwhile(stage.batch_size, num_devices), []
+    stages = [(str(stage.index), stage.batch_size, stage.num_updates) for stage in plan.stages]
+    if not plan.planned:
+        stages = [('-', size, 0) for size in ladder]
+    for name, size, updates in stages:
+        paying, cells = model.worthwhile(size, num_devices), []
         for count in (paying, num_devices):
-            seconds = model.update(stage.batch_size, count)
-            hours = stage.num_updates * seconds / 3600
-            cells += [f'{stage.batch_size / seconds:,.0f}', f'{hours:,.3g} h', f'{count * hours:,.3g}']
-        table.add_row(str(stage.index), f'{stage.batch_size:,}', f'{paying:,}', *cells)
+            seconds = model.update(size, count)
+            hours = updates * seconds / 3600
+            time = [f'{hours:,.3g} h', f'{count * hours:,.3g}'] if updates else ['-', '-']
+            cells += ['-', '-', '-'] if size % count else [f'{size / seconds:,.0f}', *time]
+        table.add_row(name, f'{size:,}', f'{paying:,}', *cells)
     _print(table)
     _print(
         f'Twice the devices pay off where they are {WORTH:g} times as fast. To use more of them from a '

@@ -210,11 +210,11 @@ def open_run(
     """
     start = time.perf_counter()
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
-    experiment = describe(config)
-    _agree_on_plan(experiment)
-    steps.CACHE.clear(keep=experiment.may_use)
     folder, host = directory / checkpoint.FOLDER, None
     is_new = distributed.from_first(lambda: not checkpoint.steps(folder))
+    experiment = describe(config, begun_on_others=not is_new)
+    _agree_on_plan(experiment)
+    steps.CACHE.clear(keep=experiment.may_use)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
         if config.compile.precompile and is_new:
@@ -224,6 +224,7 @@ def open_run(
         if not is_new:
             state, host = _restored(folder, state)
             _check_is_before_the_end(experiment, host, int(state.examples_seen))
+            _check_devices(experiment, host, int(state.examples_seen))
             state = _search_from_effective(experiment, host, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
@@ -281,6 +282,19 @@ def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examp
             f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
             f'{clock.epoch(examples_seen):.6g}; accepted with another schedule: more than that'
         )
+
+
+def _check_devices(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
+    """Refuses devices that cannot share the batches still to come; those before may have had others."""
+    policy, plan = experiment.policy, experiment.plan
+    to_come = [stage.batch_size for stage in plan.stages if stage.end > examples_seen]
+    if not policy.planned:
+        never_below = not policy.may_shrink and host.get('ladder') == list(policy.ladder)
+        lowest = host['batch_size'] if never_below else 0
+        to_come = [size for size in policy.ladder if size >= lowest]
+    with user_errors('config.batch'):
+        for size in to_come:
+            plan.split(size)
 
 
 def _search_from_effective(

@@ -173,6 +173,12 @@ def test_lanczos_finds_multiple_eigenvalues_and_none_twice():
     np.testing.assert_allclose(found.values, np.sort(spectrum)[::-1], atol=1e-5)
 
 
+def test_lanczos_takes_double_precision():
+    with jax.enable_x64(True):
+        found = curvature.lanczos(lambda v: jnp.array([3.0, 1.0]) * v, jnp.zeros(2), 2)
+    np.testing.assert_allclose(found.values, [3.0, 1.0], atol=1e-12)
+
+
 def test_a_residual_holds_where_neighbours_cannot_be_told_apart():
     """One eigenvalue and many within 1e-5 of each other: the bound counts what is taken for 0."""
     for seed in range(5):

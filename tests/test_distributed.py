@@ -273,6 +273,23 @@ def test_when_the_first_process_is_killed_the_others_end(tmp_path):
     assert ends[0][1] == -signal.SIGKILL and ends[1][1] not in (0, 143)
 
 
+def test_what_a_lost_process_leaves_is_told_in_one_line_and_ends_the_others():
+    """Also one that waits for ever, and without waiting for the one that is gone."""
+    code = (
+        'import os, sys, time, jax; from adabatch_jax.distributed import processes as p; '
+        'p._POLL_SECONDS, p._GRACE_SECONDS = 0.1, 0.5; k = int(sys.argv[2]); p.join(sys.argv[1], 3, k); '
+        'p.meet(); k == 1 and os._exit(9); k == 2 and time.sleep(100); '
+        'e = jax.errors.JaxRuntimeError("Gloo all-reduce failed: closed"); '
+        'assert p.says_another_is_gone(e) and not p.says_another_is_gone(ValueError("Gloo")); '
+        'sys.exit(p.abandon(e))'
+    )
+    address = f'localhost:{free_port()}'
+    ends = finish([start(('-c', code, address, k), devices=1) for k in range(3)], timeout=30)
+    assert [status for _, status in ends] == [1, 9, 1], ends
+    assert ends[0][0].count('error: another process has ended') == 1 and 'closed)' in ends[0][0]
+    assert not any('Traceback' in output for output, _ in ends)
+
+
 def test_a_mistake_that_all_processes_see_is_told_once(tmp_path):
     workdir = tmp_path / 'run'
     ends = finish(commands(workdir, NONE, NONE, flags=('--config.batch.base_size=6',)))

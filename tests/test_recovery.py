@@ -17,7 +17,8 @@ from conftest import ROOT
 from test_train import StopAt, of_kind, tiny
 
 from adabatch_jax import checkpoint, main, metrics, run, train, train_state, workdir
-from adabatch_jax.config import ConfigError
+from adabatch_jax.config import ConfigError, resolve
+from adabatch_jax.experiment import describe
 
 
 @pytest.fixture
@@ -269,17 +270,18 @@ def on_two_devices(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+# Batches of the first stage do not divide over eight devices.
+@pytest.mark.parametrize('devices, stop', [(1, 5), (4, 5), (8, 18)])
 def test_a_run_of_two_devices_ends_the_same_on_others_up_to_the_order_of_sums(
-    on_two_devices, devices, tmp_path, command_line
+    on_two_devices, devices, stop, tmp_path, command_line
 ):
     with pytest.raises(train.Preempted):
-        train.train(main.parse(['main', f'--config={SMALL_RUN}']).config, tmp_path, StopAt(5))
+        train.train(main.parse(['main', f'--config={SMALL_RUN}']).config, tmp_path, StopAt(stop))
     result = command_line(f'--config={SMALL_RUN}', f'--workdir={tmp_path}', devices=devices)
     assert result.returncode == 0, result.stderr
     assert of_kind(tmp_path, 'session')[-1]['num_devices'] == devices
     sizes = [
-        [(s['step'], s['batch_size']) for s in of_kind(directory, 'stage') if s['step'] != 6]
+        [(s['step'], s['batch_size']) for s in of_kind(directory, 'stage') if s['step'] != stop + 1]
         for directory in (on_two_devices, tmp_path)
     ]
     assert sizes[0] == sizes[1]
@@ -287,6 +289,27 @@ def test_a_run_of_two_devices_ends_the_same_on_others_up_to_the_order_of_sums(
     assert int(ours.step) == int(theirs.step)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    'policy, seen, batch_size, refused',
+    [
+        ('adabatch', 64, 8, 8),
+        ('adabatch', 128, 16, None),
+        ('plateau', 64, 16, None),  # never goes back
+        ('noise_scale', 64, 16, 8),
+    ],
+)
+def test_devices_have_to_share_the_batches_that_are_still_to_come(policy, seen, batch_size, refused):
+    config = main.parse(['main', f'--config={SMALL_RUN}', f'--config.batch.policy={policy}']).config
+    config.batch.max_size = 16
+    experiment = describe(resolve(config), num_devices=8, begun_on_others=True)
+    host = {'ladder': list(experiment.policy.ladder), 'batch_size': batch_size}
+    if refused is None:
+        train._check_devices(experiment, host, seen)
+    else:
+        with pytest.raises(ConfigError, match=f'batch size {refused} on 8 devices'):
+            train._check_devices(experiment, host, seen)
 
 
 # -------------------------------------------------------------------------------- work directory

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import comparison, figures, report
-from adabatch_jax.config import default_config, to_json
+from adabatch_jax.config import default_config, resolve, to_json
 
 N = 100  # examples of an epoch
 
@@ -263,6 +263,20 @@ def test_labels_leave_out_the_settings_of_other_optimizers(tmp_path):
         (tmp_path / name / 'metrics.jsonl').write_text('')
     groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'abc'])
     assert [group.label for group in groups] == ['sgd', 'svrg, first size 64', 'dynasaga, first size 8']
+
+
+def test_labels_leave_out_what_follows_from_another_setting(tmp_path):
+    for name, changes in {
+        'a': {},
+        'b': {'batch.policy': 'adabatch', 'batch.max_size': 2048, 'batch.growth_epochs': 5.0},
+    }.items():
+        config = default_config()
+        config.update_from_flattened_dict({'batch.policy': 'fixed', **changes})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(to_json(resolve(config)))
+        (tmp_path / name / 'metrics.jsonl').write_text('')
+    labels = [g.label for g in comparison.group([comparison.read_run(tmp_path / name) for name in 'ab'])]
+    assert labels[1] == 'adabatch, growth epochs 5.0, max size 2048'
 
 
 def test_every_group_has_its_label_and_a_legend_its_room():

@@ -1,6 +1,7 @@
 """The model of many devices, against closed forms, and what the commands make of it."""
 
 import json
+import math
 
 import pytest
 from test_train import tiny
@@ -103,6 +104,14 @@ def test_devices_pay_off_while_twice_as_many_are_half_as_fast_again():
     assert found.worthwhile(1024, 4096) > found.worthwhile(16, 4096)  # larger batches feed more
 
 
+def test_a_number_of_devices_that_does_not_gain_enough_hides_none_that_does():
+    """Three devices have as many messages as four, and fall short where four pay off."""
+    found = scaling.Model(0, scaling.Network(2.7, 0.0), ((1, 1.0), (96, 96.0)))
+    assert found.update(96, 2) < scaling.WORTH ** math.log2(3 / 2) * found.update(96, 3)
+    assert found.update(96, 2) >= scaling.WORTH * found.update(96, 4)
+    assert found.worthwhile(96, 4) == 4
+
+
 def test_devices_pay_off_over_which_the_batch_divides():
     found = model(fixed=0.0, per_example=1.0)
     assert found.worthwhile(18, 6) == 6 and found.worthwhile(18, 8) == 6
@@ -144,6 +153,11 @@ def test_a_plan_for_other_devices_tells_how_many_pay_off(measured, capsys):
     output = capsys.readouterr().out
     assert '8 x 1 x 1' in output and '8 x 1 x 2' in output
     assert 'Devices that pay off' in output and 'images/s on 8' in output
+    measures = [*arguments, '--config.batch.policy=plateau', '--config.batch.max_size=32']
+    assert main.main([*measures, '--devices=16', f'--benchmark={measured / "a.json"}']) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    cells = [row for row in rows if row[:2] in (['-', '8'], ['-', '16'], ['-', '32'])]
+    assert [row[6] for row in cells][0] == '-' and all(row[6] != '-' for row in cells[1:])
     assert main.main(arguments) == 0
     assert '--benchmark=FILE' in capsys.readouterr().out
     wider = '--config.dataset.num_classes=20'

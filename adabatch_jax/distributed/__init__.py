@@ -14,6 +14,7 @@ from adabatch_jax.distributed.devices import (
     split_parts,
 )
 from adabatch_jax.distributed.processes import (
+    abandon,
     agree,
     asked_to_stop,
     fail,
@@ -25,12 +26,14 @@ from adabatch_jax.distributed.processes import (
     join,
     largest,
     meet,
+    says_another_is_gone,
     share,
     smallest,
 )
 
 __all__ = [
     'AXIS_NAME',
+    'abandon',
     'agree',
     'asked_to_stop',
     'fail',
@@ -50,6 +53,7 @@ __all__ = [
     'put_split',
     'replicate',
     'replicated',
+    'says_another_is_gone',
     'share',
     'sharded',
     'smallest',

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -36,6 +37,7 @@ _POLL_SECONDS = 1.0  # between two looks at whether another process has failed
 _GRACE_SECONDS = 5.0  # for a process that fails by itself, as the others do
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat
 _FAILED = 'adabatch_jax/failed'
+_GONE = re.compile('Gloo|remote process exited|[Cc]onnection (closed|reset) by peer')
 _BLOCK = 1000  # messages that are removed from the store together
 
 _messages = itertools.count()
@@ -303,19 +305,55 @@ def fail(status: int, line: str) -> int:
     The first process that fails prints its ``line``; one that fails after it, as all do after a mistake
     in the config, has nothing to add. Those that would go on end with the same status.
     """
-    if _ending.is_set():  # what failed here is that another process has
-        return status
     if not is_joined():
         print(line, file=sys.stderr)
-        return status
+    else:
+        _tell(status, line, can_meet=True)
+    return status
+
+
+def says_another_is_gone(error: Exception) -> bool:
+    """Whether what JAX raised comes from a process that was killed or cannot be reached any more."""
+    is_from_jax = is_joined() and isinstance(error, jax.errors.JaxRuntimeError)
+    return is_from_jax and bool(_GONE.search(str(error)))
+
+
+def abandon(error: Exception) -> int:
+    """Ends this process, and with it the others, where one of them has gone without a word.
+
+    JAX's own way to leave would wait for the one that is gone, and abort. Returns the status to end with
+    where that one did say why.
+    """
+    line = (
+        'error: another process has ended, or cannot be reached; start all of them again, and the run '
+        f'goes on from its last checkpoint ({str(error).splitlines()[0]})'
+    )
+    if _tell(1, line, can_meet=False):
+        if is_first():  # with it goes the store, where the others still look
+            time.sleep(_POLL_SECONDS + _GRACE_SECONDS)
+        sys.stdout.flush()
+        os._exit(1)
+    return 1
+
+
+def _tell(status: int, line: str, can_meet: bool) -> bool:
+    """Prints why this process fails and tells the others, if it is the first that does.
+
+    Args:
+      status: to end with.
+      line: to print.
+      can_meet: whether all processes are there to leave JAX's runtime together.
+    """
+    if _ending.is_set():  # what failed here is that another process has
+        return False
     _ending.set()
     try:
-        _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line]))
+        _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line, can_meet]))
     except jax.errors.JaxRuntimeError as error:
         if 'ALREADY_EXISTS' in str(error):  # another was first
-            return status
+            return False
     print(line if is_first() else f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
-    return status
+    return True
 
 
 def _end(watch: threading.Thread) -> None:
@@ -328,7 +366,7 @@ def _watch() -> None:
     """Ends this process when another has failed, also where it waits for what will never come."""
     while not _ending.wait(_POLL_SECONDS):
         try:
-            who, status, line = json.loads(_store().key_value_try_get(_FAILED))
+            who, status, line, can_meet = json.loads(_store().key_value_try_get(_FAILED))
             break
         except jax.errors.JaxRuntimeError:  # nobody has
             continue
@@ -340,7 +378,8 @@ def _watch() -> None:
     if is_first():
         print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
     try:
-        with _in_use:
-            jax.distributed.shutdown()
+        if can_meet:
+            with _in_use:
+                jax.distributed.shutdown()
     finally:
         os._exit(status)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ class Stage:
 
     ``start`` and ``end`` are the clock (examples seen) before the first and after the last update;
     ``first_update`` counts the updates of the stages before it. The learning rates are those of
-    the first and of the last update.
+    the first and of the last update. ``microbatch_size`` and ``num_microbatches`` are 0 where the batch
+    does not divide over the devices, in the plan of a run that others have begun.
     """
 
     index: int
@@ -45,7 +46,7 @@ class Plan:
       learning_rate: the coupling rule.
       stages: in order. Where ``planned`` is false they are what would follow without a decision.
       num_devices: devices over all processes.
-      ladder: sorted batch sizes that the run may use.
+      ladder: sorted batch sizes that the run may use on these devices.
       planned: whether the policy's stages are all known in advance.
       max_per_device: largest microbatch of one device; 0 for no limit.
       microbatch_multiple: what every microbatch is a multiple of.
@@ -87,7 +88,7 @@ class Plan:
         splits = {batch_size: plan.split(batch_size) for batch_size in plan.ladder}
         stages = []
         for stage in plan.stages:
-            size, count = splits[stage.batch_size]
+            size, count = splits.get(stage.batch_size, (0, 0))
             stages.append(dataclasses.replace(stage, microbatch_size=size, num_microbatches=count))
         return dataclasses.replace(plan, stages=tuple(stages))
 
@@ -191,6 +192,7 @@ def make_plan(
     min_groups: int = 1,
     ladder: Iterable[int] = (),
     planned: bool = True,
+    begun_on_others: bool = False,
 ) -> Plan:
     """Works out every stage of a run and refuses what would fail later in it.
 
@@ -204,6 +206,8 @@ def make_plan(
       min_groups: microbatches over all devices that every batch comes in at least.
       ladder: further batch sizes that decisions during the run may choose.
       planned: whether ``transitions`` are all there will be.
+      begun_on_others: whether batch sizes that do not divide over these devices may be those of a part
+        that others train; they are left out of the plan's ladder.
 
     Raises:
       ValueError: stages out of order, or a batch size that exceeds the data set or does not divide
@@ -218,12 +222,16 @@ def make_plan(
                 'set batch.max_size or choose fewer growth steps'
             )
 
-    def split(size):
-        return split_batch(size, num_devices, max_per_device, microbatch_multiple, min_groups)
-
+    splits = {}
     for size in sizes:
-        split(size)
-    stages = _stages(clock, transitions, learning_rate, split)
+        try:
+            splits[size] = split_batch(
+                size, num_devices, max_per_device, microbatch_multiple, min_groups
+            )
+        except ValueError:
+            if not begun_on_others:
+                raise
+    stages = _stages(clock, transitions, learning_rate, splits)
     highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
     if not highest <= float(np.finfo(np.float32).max):
         raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
@@ -232,7 +240,7 @@ def make_plan(
         learning_rate,
         stages,
         num_devices,
-        tuple(sizes),
+        tuple(splits),
         planned,
         max_per_device,
         microbatch_multiple,
@@ -244,7 +252,7 @@ def _stages(
     clock: Clock,
     transitions: tuple[Transition, ...],
     learning_rate: LearningRate,
-    split: Callable[[int], tuple[int, int]],
+    splits: dict[int, tuple[int, int]],
 ) -> tuple[Stage, ...]:
     """The stages that transitions in order lead to: those in which an update begins."""
     stages = []
@@ -258,7 +266,7 @@ def _stages(
             if position < stop:  # its batch does not fit into what is left of the epoch
                 position = start
             continue
-        microbatch_size, num_microbatches = split(size)
+        microbatch_size, num_microbatches = splits.get(size, (0, 0))
         before = stages[-1] if stages else None
         stage = Stage(
             index=len(stages),
