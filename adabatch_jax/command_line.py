@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from adabatch_jax import distributed
 from adabatch_jax.config import ConfigError, default_config, flatten
 
+_BOOLEANS = ('true', 't', '1', 'false', 'f', '0')  # as absl has them
+
 
 def define_common(values: flags.FlagValues, argv: list[str]) -> None:
     """Adds ``--config=FILE``, ``--config.KEY=VALUE`` and what makes several processes one run."""
@@ -59,6 +61,8 @@ def parse(
                 named.setdefault(key.rpartition('.')[2], []).append(key)
             accepted = ', '.join(key for name in _closest(unknown[1], named) for key in named[name])
             raise ConfigError(f'--config: unknown key {unknown[1]}; accepted: {accepted}') from error
+        if 'get_config() takes 0 positional arguments' in lines[-1]:
+            raise ConfigError('--config: the file has no variants; accepted: its name alone') from error
         raise ConfigError(f'--config: {_placed(lines[-1].strip(), error, argv)}') from error
     if rest_is:
         values[rest_is].value = [*values[rest_is].value, *rest]
@@ -102,6 +106,8 @@ def check_overrides(argv: list[str]) -> None:
             accepted = ', '.join(_closest(key, defaults))
             raise ConfigError(f'config.{key}: unknown key; accepted: {accepted}')
         kind = type(defaults[key])
+        if kind is bool and given and value.lower() not in _BOOLEANS:
+            raise ConfigError(f'config.{key}: got {value!r}; accepted: True or False')
         try:
             if given and kind in numbers:
                 kind(value)

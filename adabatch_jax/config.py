@@ -1,13 +1,14 @@
-"""Every configuration key with its default and unit, and the check of their values."""
+"""Every configuration key with its default and unit, and what is made of configs."""
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+
+from adabatch_jax import accepted_values
 
 
 class ConfigError(ValueError):
@@ -125,7 +126,9 @@ def default_config() -> ml_collections.ConfigDict:
     rate.power = 2.0  # polynomial: exponent
     rate.warmup_epochs = 0.0  # epochs of linear warm-up
     rate.warmup_initial = 0.0  # fraction of the rate at which warm-up begins
-    rate.coupling = 'auto'  # to the batch size: linear, sqrt or none; auto: what the policy goes with
+    # To the batch size: linear, sqrt or none; auto: what the policy goes with. Of no account where step
+    # sizes are searched for, and with policy adascale, which has its gain in its place.
+    rate.coupling = 'auto'
     rate.reference_batch_size = 128  # examples
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -201,79 +204,6 @@ RUNTIME_KEYS = (
 # Sections and keys that a run may be continued with other values of, where that is asked for.
 SCHEDULE = ('num_epochs', 'batch.', 'learning_rate.', 'divergence.')
 
-_POSITIVE = (
-    'num_epochs',
-    'eval_every_epochs',
-    'checkpoint_every_epochs',
-    'log_every_steps',
-    'dataset.eval_batch_size',
-    'dataset.num_examples',
-    'analysis.num_examples',
-    'analysis.batch_size',
-    'analysis.iterations',
-    'analysis.eigenvalues',
-    'batch.base_size',
-    'batch.growth_epochs',
-    'batch.patience_epochs',
-    'batch.statistics.max_rungs',
-    'batch.cabs.scale',
-    'batch.big_batch.theta',
-    'batch.critical_batch.every_epochs',
-    'batch.critical_batch.probe_epochs',
-    'batch.norm_test.theta',
-    'batch.inner_product.theta',
-    'batch.noise_scale.scale',
-    'batch.gradient_diversity.delta',
-    'learning_rate.effective',
-    'learning_rate.decay_factor',
-    'learning_rate.power',
-    'learning_rate.reference_batch_size',
-    'optimizer.svrg.snapshot_passes',
-)
-_NOT_NEGATIVE = (
-    'seed',
-    'dataset.crop_padding',
-    'dataset.image_size',
-    'dataset.eval_resize',
-    'dataset.num_classes',
-    'batch.max_size',
-    'batch.max_per_device',
-    'compile.updates_per_dispatch',
-    'analysis.subspace',
-    'analysis.lanczos_steps',
-    'analysis.trace_samples',
-    'batch.min_improvement',
-    'batch.critical_batch.tolerance',
-    'batch.statistics.min_size',
-    'batch.statistics.decision_epochs',
-    'batch.statistics.hysteresis',
-    'batch.statistics.max_switches',
-    'batch.statistics.min_speedup',
-    'batch.inner_product.nu',
-    'divergence.max_skipped',
-    'divergence.max_fall_backs',
-    'learning_rate.decay_epochs',
-    'learning_rate.warmup_epochs',
-    'learning_rate.warmup_initial',
-    'optimizer.svrg.first_size',
-    'optimizer.saga.first_size',
-    'optimizer.weight_decay',
-    'optimizer.trust_coefficient',
-    'optimizer.epsilon',
-)
-_LARGEST = 2.0**127  # half of what float32 can hold
-_ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor', 'optimizer.svrg.growth_factor')
-_CHOICES = {
-    'model.loss': ('cross_entropy', 'squared', 'hinge'),
-    'model.dtype': ('float32', 'bfloat16'),
-    'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
-    'dataset.remainder': ('carry', 'drop'),
-    'dataset.pipeline': ('auto', 'tf_data', 'device'),
-    'learning_rate.rule': ('schedule', 'armijo', 'barzilai_borwein'),
-    'learning_rate.coupling': ('auto', 'linear', 'sqrt', 'none'),
-    'divergence.action': ('stop', 'skip', 'fall_back'),
-}
-
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """``{'batch.base_size': 128, ...}`` from a config or a dictionary of dictionaries."""
@@ -301,38 +231,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     if missing := sorted(defaults.keys() - given.keys()):
         raise ConfigError(f'config.{missing[0]}: missing; start from config.default_config()')
 
-    for key, default in defaults.items():
-        kinds = (float, int) if isinstance(default, float) else (type(default),)
-        if type(given[key]) not in kinds:
-            raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: a value such as {default!r}')
-    for key in ('learning_rate.decay_at_epochs', 'analysis.epsilons'):
-        for value in given[key]:
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(f'config.{key}: got {value!r}; accepted: positive numbers')
-
-    def check(keys, accepted, is_good):
-        for key in keys:
-            value = given[key]
-            if not (-math.inf < value < math.inf and is_good(value)):
-                raise ConfigError(f'config.{key}: got {value}; accepted: {accepted}')
-
-    check(_POSITIVE, 'a positive number', lambda value: value > 0)
-    check(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
-    check(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
-    check(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
-    check(('dataset.min_crop_area',), 'a number above 0, up to 1', lambda value: 0 < value <= 1)
-    check(('divergence.rate_factor',), 'a number above 0, below 1', lambda value: 0 < value < 1)
-    check(('batch.simigrad.cosine',), 'a number above 0, below 1', lambda value: 0 < value < 1)
-    averages = ('optimizer.momentum', 'optimizer.beta1', 'optimizer.beta2', 'batch.statistics.decay')
-    averages += ('optimizer.svrg.error_decay',)
-    check(averages, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
-    check(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)
-    check(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
-    floats = [key for key, default in defaults.items() if isinstance(default, float)]
-    check(floats, 'no more than single precision can hold', lambda value: abs(value) <= _LARGEST)
-    for key, accepted in _CHOICES.items():
-        if given[key] not in accepted:
-            raise ConfigError(f'config.{key}: got {given[key]!r}; accepted: {", ".join(accepted)}')
+    with user_errors('config'):
+        accepted_values.check(given, defaults)
     resolved = ml_collections.ConfigDict(config.copy_and_resolve_references())
     with resolved.unlocked():
         if resolved.learning_rate.decay_epochs == 0:

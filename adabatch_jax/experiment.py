@@ -105,7 +105,7 @@ class Experiment:
         if not self.load or self.policy.observes or config.learning_rate.rule != 'schedule':
             return 1
         if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
-            return max(1, config.compile.updates_per_dispatch)
+            return max(1, min(config.compile.updates_per_dispatch, self.plan.num_updates))
         most = max(1, DISPATCH_EXAMPLES // batch_size)
         every = min(config.eval_every_epochs, config.checkpoint_every_epochs)
         between = max(1, self.clock.examples(every) // batch_size)  # from one pause to the next
@@ -255,7 +255,11 @@ def describe(
         rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
     with user_errors('config.batch'):
         policy = policies.create(config, rate, clock)
-    statistics, note = policy.statistics, policy.note
+        if policy.statistics not in steps.STATISTICS:
+            raise ValueError(
+                f'policy: got statistics {policy.statistics!r}; accepted: {", ".join(steps.STATISTICS)}'
+            )
+    statistics, note = policy.statistics, f'{policy.note} {policies.control(config)}'.strip()
     if config.batch.gradient_statistics or rule == 'barzilai_borwein':
         statistics = statistics or 'norms'
     if rule != 'schedule':

@@ -360,7 +360,9 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_list(
         'runs', [], 'Work directories; as a rule given without --runs.', flag_values=values
     )
-    flags.DEFINE_enum('format', 'html', ['html', 'md', 'png'], 'What to write.', flag_values=values)
+    flags.DEFINE_enum(
+        'format', 'html', ['html', 'md', 'png'], 'What to write; else as --out ends.', flag_values=values
+    )
     flags.DEFINE_string(
         'out', None, 'File, or folder of png; report.html, report.md or report.', flag_values=values
     )
@@ -372,11 +374,17 @@ def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     if not values.runs:
         raise ConfigError('report: no run given; for example python -m adabatch_jax.report runs/*')
-    written = page(values.runs, values.benchmark)
     names = {'html': 'report.html', 'md': 'report.md', 'png': 'report'}
-    out = pathlib.Path(values.out or names[values.format])
+    out, form = pathlib.Path(values.out or names[values.format]), values.format
+    if not values['format'].present and out.suffix:
+        form = out.suffix[1:]
+        if form not in ('html', 'md'):
+            raise ConfigError(
+                f'--out: got {values.out!r}; accepted: NAME.html, NAME.md, and any name with --format'
+            )
+    written = page(values.runs, values.benchmark)
     with user_errors('--out'):
-        pages.write(written, values.format, out)
+        pages.write(written, form, out)
     for line in written.notes:
         print(line)
     print(f'{out}: {written.num_runs} runs')

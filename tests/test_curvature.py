@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from adabatch_jax import analysis, curvature, losses, models, sharpness
-from adabatch_jax.config import _CHOICES, ConfigError, default_config, resolve
+from adabatch_jax import accepted_values, analysis, curvature, losses, models, sharpness
+from adabatch_jax.config import ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
 from adabatch_jax.train import train
 
@@ -387,7 +387,7 @@ def test_what_is_measured_does_not_depend_on_the_dtype_of_activations():
 
 
 def test_the_config_accepts_the_losses_there_are():
-    assert _CHOICES['model.loss'] == tuple(losses.LOSSES)
+    assert accepted_values.CHOICES['model.loss'] == tuple(losses.LOSSES)
 
 
 def test_losses_are_those_of_their_formulas():

@@ -136,6 +136,9 @@ def test_policies_that_look_at_every_update_get_them_one_by_one():
     assert parts.updates_per_dispatch(16) == 1
     parts = experiment.describe(resolve(tiny(**SEVERAL)))
     assert parts.updates_per_dispatch(8) == 4
+    many = {'compile.updates_per_dispatch': 10**9}
+    parts = experiment.describe(resolve(tiny(**SEVERAL | many)))
+    assert parts.updates_per_dispatch(8) == parts.plan.num_updates == 23
 
 
 def test_an_accelerator_gets_full_dispatches_and_the_data(monkeypatch):

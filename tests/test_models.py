@@ -37,6 +37,20 @@ def test_parameter_counts(name):
     assert train_state.param_count(shapes.params) == count
 
 
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('resnet20', '10'), "num_classes: got '10'"),
+        (('resnet20', 10.5), 'num_classes: got 10.5'),
+        (('resnet20', 10, 'float99'), 'model resnet20: data type .float99. not understood'),
+    ],
+)
+def test_wrong_kinds_of_arguments_are_refused(arguments, message):
+    name, num_classes, *dtype = arguments
+    with pytest.raises(ValueError, match=message):
+        models.get_model(name, num_classes, **({'dtype': dtype[0]} if dtype else {}))
+
+
 def test_identity_shortcuts_have_no_parameters():
     model = models.get_model('resnet20', 10, shortcut='identity')
     params = jax.eval_shape(

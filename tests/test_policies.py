@@ -111,13 +111,14 @@ def test_listed_stages_may_grow_and_shrink():
 @pytest.mark.parametrize(
     'stages, message',
     [
-        ((), 'start at epoch 0'),
+        ((), r'got \(\); accepted: \(start epoch, batch size\), ...; the first start at epoch 0'),
         (((1, 8),), 'start at epoch 0'),
         (((0, 8), (5, 16), (5, 32)), 'out of order'),
         (((0, 8), (5, 16), (2, 32)), 'out of order'),
         (((0, 8), (100, 16)), 'outside the run'),
         (((0, -8),), 'positive whole batch size'),
         (((0, 8.5),), 'positive whole batch size'),
+        (((0, True),), 'positive whole batch size'),
         ((7,), 'accepted: \\(start epoch, batch size\\)'),
     ],
 )
@@ -200,7 +201,7 @@ def plateau(losses_by_epoch, patience=2, batch_size=4):
         for k, loss in enumerate(losses):
             state = policy.observe(state, Observation(epoch + k / len(losses), 4, 0.1, loss))
         chosen.append(policy.decide(state, 8 * epoch).batch_size)
-    return chosen, policy.decide(state, 0).reason
+    return chosen, policy.decide(state, 0)
 
 
 def test_plateau_keeps_the_batch_while_the_loss_falls():
@@ -208,9 +209,10 @@ def test_plateau_keeps_the_batch_while_the_loss_falls():
 
 
 def test_plateau_grows_after_its_patience_and_says_why():
-    chosen, reason = plateau([[2], [1], [1], [0.999], [1]])
+    chosen, decision = plateau([[2], [1], [1], [0.999], [1]])
     assert chosen == [4, 4, 4, 4, 8]
-    assert 'for 2 epochs' in reason and 'on 1' in reason
+    assert 'for 2 epochs' in decision.reason and 'on 1' in decision.reason
+    assert decision.inputs == {'loss': 0.999, 'best_loss': 1, 'epochs_without': 2}
 
 
 def test_plateau_judges_the_mean_over_the_epoch():

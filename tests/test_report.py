@@ -316,6 +316,13 @@ def test_markdown_and_pictures(runs, tmp_path):
     assert len(list((tmp_path / 'png').glob('*.png'))) == 12
 
 
+def test_the_end_of_its_name_says_what_a_file_is(runs, tmp_path, capsys):
+    assert report.main(['report', str(runs[0]), f'--out={tmp_path / "r.md"}']) == 0
+    assert (tmp_path / 'r.md').read_text().startswith('# Runs compared')
+    assert report.main(['report', str(runs[0]), f'--out={tmp_path / "r.pdf"}']) == 2
+    assert '--out: got ' in capsys.readouterr().err and not (tmp_path / 'r.pdf').exists()
+
+
 def test_markdown_finds_its_pictures_beside_a_name_with_spaces(runs, tmp_path):
     out = tmp_path / 'two runs (a).md'
     assert report.main(['report', str(runs[0]), '--format=md', f'--out={out}']) == 0

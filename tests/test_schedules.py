@@ -236,7 +236,9 @@ def test_stages_of_one_batch_size_that_touch_are_one_stage():
     assert [(s.batch_size, s.num_updates) for s in plan.stages] == [(8, 13)]
 
 
-@pytest.mark.parametrize('arguments', [(0, 1), (10, 0), (10, -1), (10, math.nan), (10, math.inf)])
+@pytest.mark.parametrize(
+    'arguments', [(0, 1), (10.5, 1), ('10', 1), (10, 0), (10, -1), (10, math.nan), (10, math.inf)]
+)
 def test_clock_refuses_runs_without_examples_or_end(arguments):
     with pytest.raises(ValueError):
         Clock(*arguments)

@@ -496,3 +496,26 @@ def test_each_policy_has_its_own_coupling_and_the_config_overrides_it(name, opti
 def test_every_policy_but_the_replay_declares_a_coupling():
     for name, module in policies.POLICIES.items():
         assert name == 'replay' or module.COUPLING in schedules.COUPLINGS
+
+
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        ({'batch.policy': 'norm_test'}, 'none'),
+        ({'batch.policy': 'simigrad'}, 'sqrt'),
+        ({'batch.policy': 'adabatch'}, ''),
+        ({'batch.policy': 'norm_test', 'learning_rate.reference_batch_size': 64}, ''),
+        ({'batch.policy': 'norm_test', 'learning_rate.coupling': 'linear'}, ''),
+        ({'batch.policy': 'adascale'}, ''),
+    ],
+)
+def test_the_plan_tells_the_coupling_that_a_control_needs(changes, expected):
+    """Its first batch size has to get the learning rate that the policy gives it."""
+    config = default_config()
+    config.update_from_flattened_dict({'batch.base_size': 64} | changes)
+    said = policies.control(config)
+    assert said.endswith(f'coupling={expected}.') if expected else said == ''
+    if expected:
+        control = config.copy_and_resolve_references()
+        control.batch.policy, control.learning_rate.coupling = 'fixed', expected
+        assert policies.coupling(control) == policies.coupling(config)

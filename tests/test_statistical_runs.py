@@ -86,6 +86,13 @@ def test_a_schedule_that_is_none_or_of_other_data_is_a_mistake(decided, tmp_path
         (tmp_path / 'schedule.json').write_text(json.dumps(schedule | {'stages': stages}))
         with pytest.raises(ConfigError, match='is not the schedule of a run: .*in place of int'):
             train.plan(tiny(**replay))
+    for change, message in (
+        ({'max_per_device': -3}, 'no negative numbers'),
+        ({'statistics': 'all'}, "got statistics 'all'; accepted: , norms, inner_products"),
+    ):
+        (tmp_path / 'schedule.json').write_text(json.dumps(schedule | change))
+        with pytest.raises(ConfigError, match=message):
+            train.plan(tiny(**replay))
     other = {'batch.policy': 'replay', 'batch.replay': str(decided[0]), 'dataset.num_examples': 99}
     with pytest.raises(ConfigError, match='had 100 training examples, this one has 99'):
         train.plan(tiny(**other))

@@ -5,6 +5,7 @@ To add one, write a linen module that takes ``num_classes``, ``batch_norm`` and 
 """
 
 import functools
+import numbers
 from typing import Any
 
 import flax.linen as nn
@@ -55,12 +56,13 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f'name: got {name!r}; accepted: {", ".join(sorted(MODELS))}')
-    if num_classes < 1:
-        raise ValueError(f'num_classes: got {num_classes}; needs at least 1')
+    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
+        raise ValueError(f'num_classes: got {num_classes!r}; needs a whole number, at least 1')
     check_batch_norm(options.get('batch_norm', 'local'))
     if isinstance(MODELS[name], nn.Module):
         raise ValueError(f'model {name}: MODELS has a module; accepted: its class, or what makes one')
     try:
+        jnp.dtype(options.get('dtype', jnp.float32))
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f'model {name}: {error}') from error

@@ -26,6 +26,7 @@ __all__ = [
     'Policy',
     'State',
     'as_saved',
+    'control',
     'coupling',
     'create',
 ]
@@ -103,7 +104,25 @@ def coupling(config) -> str:
             f'policy: got {config.batch.policy!r}, which names no coupling; accepted: policies with '
             f'COUPLING = {" or ".join(map(repr, COUPLINGS))}'
         )
+    return _suited(own, config)
+
+
+def _suited(own: str, config) -> str:
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
+
+
+def control(config) -> str:
+    """What the matched control of a run needs beside ``batch.policy=fixed``, in words; mostly nothing.
+
+    The policy's own coupling, where that of ``fixed`` would give its first batch size another rate.
+    """
+    rate, used = config.learning_rate, coupling(config)
+    is_replaced = rate.rule != 'schedule' or getattr(_module(config), 'REPLACES_COUPLING', False)
+    if rate.coupling != 'auto' or is_replaced or config.batch.base_size == rate.reference_batch_size:
+        return ''
+    if used == _suited(POLICIES['fixed'].COUPLING, config):
+        return ''
+    return f'Its control: --config.batch.policy=fixed --config.learning_rate.coupling={used}.'
 
 
 def _module(config):

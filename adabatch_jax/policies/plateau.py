@@ -42,11 +42,12 @@ class PlateauPolicy(Policy):
             'examples': 0,
             'best_loss': None,
             'epochs_without': 0,
+            'inputs': {},  # of the last decision to grow
         }
 
     def continued(self, state: State, epoch: float, batch_size: int) -> State:
         state = state or self.initial_state() | {'epoch': int(epoch)}
-        return state | nearest_rung(self.ladder, batch_size)
+        return state | {'inputs': {}} | nearest_rung(self.ladder, batch_size)
 
     def observe(self, state: State, observation: Observation) -> State:
         if int(observation.epoch) > state['epoch']:
@@ -71,10 +72,13 @@ class PlateauPolicy(Policy):
             f'epoch {state["epoch"] + 1}: mean training loss {loss:.4g}, no {self.min_improvement:g} '
             f'relative improvement on {best:.4g} for {epochs} epochs'
         )
-        return state | {'rung': state['rung'] + 1, 'reason': reason, 'epochs_without': 0}
+        inputs = {'loss': loss, 'best_loss': best, 'epochs_without': epochs}
+        rung = state['rung'] + 1
+        return state | {'rung': rung, 'reason': reason, 'epochs_without': 0, 'inputs': inputs}
 
     def decide(self, state: State, examples_seen: int) -> Decision:
-        return Decision(self.ladder[state['rung']], state['reason'])
+        # A checkpoint may come from a version that kept no inputs.
+        return Decision(self.ladder[state['rung']], state['reason'], state.get('inputs', {}))
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlateauPolicy:

@@ -45,6 +45,8 @@ def _check_kinds(schedule: dict[str, Any]) -> None:
     for values, kind in ((numbers, int), (texts, str)):
         if wrong := [value for value in values if type(value) is not kind]:
             raise TypeError(f'got {wrong[0]!r} in place of {kind.__name__}')
+    if min(numbers) < 0:
+        raise ValueError(f'got {min(numbers)}; accepted: no negative numbers')
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:

@@ -14,12 +14,16 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     Raises:
       ValueError: the list is empty, malformed, out of order, or goes past the end of the run.
     """
+    if not config.batch.stages:
+        raise ValueError(
+            'stages: got (); accepted: (start epoch, batch size), ...; the first start at epoch 0'
+        )
     transitions = []
     for entry in config.batch.stages:
         if not (isinstance(entry, tuple) and len(entry) == 2):
             raise ValueError(f'stages: got {entry!r}; accepted: (start epoch, batch size)')
         epoch, size = entry
-        if not isinstance(epoch, int | float) or not isinstance(size, int) or size < 1:
+        if not isinstance(epoch, int | float) or type(size) is not int or size < 1:
             raise ValueError(
                 f'stages: got {entry!r}; accepted: a start in epochs and a positive whole batch size'
             )

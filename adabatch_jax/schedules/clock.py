@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
@@ -40,8 +41,8 @@ class Clock:
     remainder: str = 'carry'
 
     def __post_init__(self):
-        if self.num_examples < 1:
-            raise ValueError(f'num_examples: got {self.num_examples}; needs at least 1 example')
+        if not isinstance(self.num_examples, numbers.Integral) or self.num_examples < 1:
+            raise ValueError(f'num_examples: got {self.num_examples!r}; needs at least 1 example')
         if not (math.isfinite(self.num_epochs) and self.num_epochs > 0):
             raise ValueError(f'num_epochs: got {self.num_epochs}; needs a positive number')
         if self.remainder not in REMAINDERS:

@@ -217,9 +217,11 @@ def make_plan(
     sizes = sorted({*ladder, *(t.batch_size for t in transitions)})
     for size in sizes:
         if size > clock.num_examples:
+            is_first = size == transitions[0].batch_size
+            advice = 'set batch.max_size or choose fewer growth steps'
             raise ValueError(
                 f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
-                'set batch.max_size or choose fewer growth steps'
+                f'{"choose a smaller batch.base_size" if is_first else advice}'
             )
 
     splits = {}
