@@ -122,6 +122,7 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     require(_WITHIN_ONE, 'a number above 0, below 1', lambda value: 0 < value < 1)
     require(_BELOW_ONE, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     require(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)
+    require(('batch.statistics.min_groups',), 'at least 2', lambda value: value >= 2)
     require(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)
     integers = [key for key, default in defaults.items() if type(default) is int]
     require(integers, 'a whole number below 2^63', lambda value: abs(value) < 2**63)

@@ -297,7 +297,7 @@ def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
             num_devices=num_devices,
             max_per_device=config.batch.max_per_device or policy.max_per_device,
             microbatch_multiple=group,
-            min_groups=2 if statistics else 1,
+            min_groups=config.batch.statistics.min_groups if statistics else 1,
             ladder=policy.ladder,
             planned=policy.planned,
             begun_on_others=begun_on_others,

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 from fault_child import POINTS
 from test_train import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import policies, schedules, steps, train
+from adabatch_jax import policies, schedules, steps, train, train_state
 from adabatch_jax.config import ConfigError, resolve
 from adabatch_jax.experiment import describe
 
@@ -134,8 +136,8 @@ def command(directory, *start):
     return [sys.executable, *start, config, f'--workdir={directory}', *overrides]
 
 
-def run(arguments):
-    environment = os.environ | {'JAX_NUM_CPU_DEVICES': '2', 'PYTHONPATH': str(ROOT)}
+def run(arguments, devices=2):
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)}
     return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, timeout=300)
 
 
@@ -166,6 +168,21 @@ def test_with_one_group_the_step_splits_the_batch_in_two(tmp_path):
         [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.stdout.strip() == '[(4, 2), (8, 2)] (8, 1)', result.stderr
+
+
+def test_as_many_groups_make_the_same_decisions_on_any_devices(tmp_path):
+    for devices in (1, 4):
+        arguments = command(tmp_path / f'{devices}', '-m', 'adabatch_jax.main')
+        assert run([*arguments, '--config.batch.statistics.min_groups=4'], devices).returncode == 0
+    one, four = (
+        [(s['step'], s['batch_size'], s['num_microbatches']) for s in of_kind(tmp_path / name, 'stage')]
+        for name in ('1', '4')
+    )
+    assert len(four) > 1 and {split for _, _, split in four} == {1}
+    assert one == [(step, batch_size, 4) for step, batch_size, _ in four]
+    ours, theirs = (train_state.restore(tmp_path / name).params for name in ('1', '4'))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
 def test_any_policy_can_have_its_run_measured(tmp_path):

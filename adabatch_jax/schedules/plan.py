@@ -172,12 +172,12 @@ def split_batch(
     for num_microbatches in range(fewest, per_device // multiple_of + 1):
         if per_device % (num_microbatches * multiple_of) == 0:
             return per_device // num_microbatches, num_microbatches
-    in_two = '; gradient statistics need two parts' if min_groups > 1 else ''
+    parts = f'; gradient statistics need {min_groups} parts' if min_groups > 1 else ''
     at_most = f' of at most {max_per_device} examples' if max_per_device else ''
     raise ValueError(
         f'batch size {batch_size} on {num_devices} devices: got {per_device} examples a device, which '
         f'do not divide into {fewest} or more microbatches{at_most} that are multiples of {multiple_of} '
-        f'(the groups of model.batch_norm{in_two})'
+        f'(the groups of model.batch_norm{parts})'
     )
 
 
