@@ -135,7 +135,7 @@ def read_run(directory: str | os.PathLike) -> Run:
         raise ValueError(
             f'no run in {str(directory)!r}: neither {metrics.METRICS_FILE} nor {CONFIG_FILE}'
         )
-    analysis = tuple(metrics.read_analysis(directory))
+    analysis = tuple(metrics.read_analysis(directory, skipped.append))
     return Run(directory, config, records, tuple(skipped), analysis)
 
 

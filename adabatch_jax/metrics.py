@@ -242,10 +242,21 @@ def read_records(
     return sorted(latest.values(), key=lambda record: record['step'])
 
 
-def read_analysis(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What ``--mode=analyze`` found, a record for each checkpoint; lines that are not whole left out."""
-    lines, needed = _lines(pathlib.Path(workdir, ANALYSIS_FILE)), {'step', 'num_examples', 'loss'}
-    return [record for record in lines if needed <= record.keys()]
+def read_analysis(
+    workdir: str | os.PathLike, report: Callable[[str], Any] = lambda line: None
+) -> list[dict[str, Any]]:
+    """What ``--mode=analyze`` found, a record for each checkpoint; arguments as of ``read_records``."""
+    found, needed = [], {'step', 'num_examples', 'loss'}
+    for number, record in enumerate(_lines(pathlib.Path(workdir, ANALYSIS_FILE)), 1):
+        measures = record.get('sharpness', [])
+        is_whole = isinstance(measures, list) and all(
+            isinstance(s, dict) and {'epsilon', 'dimensions', 'value'} <= s.keys() for s in measures
+        )
+        if is_whole and needed <= record.keys():
+            found.append(record)
+        else:
+            report(f'{ANALYSIS_FILE}, line {number}: not a record')
+    return found
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -196,8 +196,11 @@ def test_without_an_analysis_nothing_is_said_of_minima(runs):
 def test_a_damaged_analysis_is_left_out(runs):
     (runs[0] / 'analysis.jsonl').write_text('{"kind": "anal')
     assert comparison.read_run(runs[0]).minimum is None
-    (runs[0] / 'analysis.jsonl').write_text('{"kind": "analysis", "loss": 1.0}\n')
-    assert comparison.read_run(runs[0]).minimum is None
+    whole = {'step': 1, 'num_examples': 8, 'loss': 1.0}
+    for damaged in ({'kind': 'analysis', 'loss': 1.0}, whole | {'sharpness': [{'epsilon': 1e-3}]}):
+        (runs[0] / 'analysis.jsonl').write_text(json.dumps(damaged) + '\n')
+        run = comparison.read_run(runs[0])
+        assert run.minimum is None and 'analysis.jsonl, line 1: not a record' in run.skipped
 
 
 def test_suboptimality_is_the_objective_above_its_least_value(tmp_path):
