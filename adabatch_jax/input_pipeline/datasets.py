@@ -172,7 +172,7 @@ def tensorflow():
     except ImportError as error:
         raise ValueError(
             'this data set or pipeline needs TensorFlow, which cannot be imported; accepted without it: '
-            "digits, synthetic and npz, with dataset.pipeline 'auto' or 'device'"
+            "digits, synthetic and npz, with dataset.pipeline 'device'"
         ) from error
 
     tensorflow.config.set_visible_devices([], 'GPU')
