@@ -105,7 +105,7 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             if type(value) is bool or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f'{key}: got {value!r}; accepted: positive numbers')
     for entry in given['batch.stages']:
-        if not isinstance(entry, tuple):
+        if not isinstance(entry, tuple | list):
             raise ValueError(f'batch.stages: got {entry!r}; accepted: (start epoch, batch size)')
 
     def require(keys, accepted, is_good):

@@ -21,7 +21,6 @@ from adabatch_jax import malloc
 if __name__ == '__main__':
     malloc.restart()  # ahead of the imports that take time
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,7 +28,6 @@ import math
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -240,18 +238,7 @@ def batch_sizes(values: flags.FlagValues, experiment: Experiment) -> list[int]:
     smaller = itertools.takewhile(
         lambda size: size < experiment.plan.ladder[0], (devices * 4**k for k in itertools.count())
     )
-    return sorted({*filter(_splits(experiment.plan), smaller), *experiment.plan.ladder})
-
-
-def _splits(plan: schedules.Plan) -> Callable[[int], bool]:
-    """Whether a batch size divides into microbatches as the plan asks for."""
-
-    def splits(batch_size: int) -> bool:
-        with contextlib.suppress(ValueError):
-            return bool(plan.split(batch_size))
-        return False
-
-    return splits
+    return sorted({*filter(experiment.plan.can_split, smaller), *experiment.plan.ladder})
 
 
 def check(values: flags.FlagValues) -> None:

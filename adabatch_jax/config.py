@@ -85,7 +85,7 @@ def default_config() -> ml_collections.ConfigDict:
     batch.statistics = statistics = ml_collections.ConfigDict()  # policies that decide by statistics
     statistics.min_size = 0  # examples; floor of policies that may shrink, 0: base_size
     # Parts of a batch, over all devices, whose gradients are told apart, at least: more give better
-    # estimates, and the same ones on up to as many devices.
+    # estimates, and the same ones on any number of devices that divides them.
     statistics.min_groups = 2
     # Of the averages, for base_size examples (adascale: for reference_batch_size).
     statistics.decay = 0.99

@@ -155,7 +155,8 @@ class Experiment:
             sizes = [size for size in policy.ladder if size > batch_size][:1]
             if policy.may_shrink:
                 sizes += [size for size in policy.ladder if size < batch_size][-1:]
-        specs = (spec for size in sizes for spec in self.stage_specs(size))
+        usable = filter(self.plan.can_split, sizes)
+        specs = (spec for size in usable for spec in self.stage_specs(size))
         return [self.eval_spec, *specs]
 
     def snapshot_between(self, before: schedules.Update, update: schedules.Update) -> bool:
@@ -259,7 +260,7 @@ def describe(
             raise ValueError(
                 f'policy: got statistics {policy.statistics!r}; accepted: {", ".join(steps.STATISTICS)}'
             )
-    statistics, note = policy.statistics, f'{policy.note} {policies.control(config)}'.strip()
+    statistics, note = policy.statistics, f'{policy.note} {policies.control(config, policy)}'.strip()
     if config.batch.gradient_statistics or rule == 'barzilai_borwein':
         statistics = statistics or 'norms'
     if rule != 'schedule':

@@ -199,7 +199,7 @@ def print_plan(config, num_devices: int | None, benchmark: str | None) -> None:
     if benchmark:
         with user_errors('--benchmark'), open(benchmark, encoding='utf-8') as file:
             model = scaling.Model.from_benchmark(json.load(file), experiment.gradient_bytes)
-        terminal.print_worthwhile(experiment.plan, model, experiment.policy.ladder)
+        terminal.print_worthwhile(experiment.plan, model)
     elif num_devices:
         terminal.say(
             'How many devices pay off in each stage: --benchmark=FILE with what python -m '

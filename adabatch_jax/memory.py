@@ -61,11 +61,11 @@ def fit(
     Raises:
       ConfigError: even the smallest microbatch needs more.
     """
-    if experiment.plan.max_per_device or not experiment.plan.ladder:
+    if experiment.plan.max_per_device or not experiment.plan.usable:
         return experiment
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)
-    largest, as_given, experiment = experiment.plan.ladder[-1], experiment, experiment.in_parts()
+    largest, as_given, experiment = experiment.plan.usable[-1], experiment, experiment.in_parts()
     # The processes have to agree, and what their compilers tell may differ.
     while (needed := distributed.largest(memory_of(experiment.train_spec(largest)))) > available:
         microbatch, _ = experiment.plan.split(largest)
@@ -94,7 +94,9 @@ def smaller_microbatch(error: Exception, experiment: Experiment, batch_sizes: It
     if OUT_OF_MEMORY not in str(error):
         raise error
     smallest = experiment.plan.microbatch_multiple
-    microbatch = max(experiment.plan.split(batch_size)[0] for batch_size in batch_sizes)
+    # Other devices may have trained what came before.
+    at_work = filter(experiment.plan.can_split, batch_sizes)
+    microbatch = max((experiment.plan.split(size)[0] for size in at_work), default=smallest)
     if microbatch == smallest:
         raise error
     return max(microbatch // 2 // smallest * smallest, smallest)

@@ -376,12 +376,10 @@ def run(values: flags.FlagValues) -> int:
         raise ConfigError('report: no run given; for example python -m adabatch_jax.report runs/*')
     names = {'html': 'report.html', 'md': 'report.md', 'png': 'report'}
     out, form = pathlib.Path(values.out or names[values.format]), values.format
-    if not values['format'].present and out.suffix:
-        form = out.suffix[1:]
-        if form not in ('html', 'md'):
-            raise ConfigError(
-                f'--out: got {values.out!r}; accepted: NAME.html, NAME.md, and any name with --format'
-            )
+    if not values['format'].present:
+        form = 'md' if out.suffix.lower() == '.md' else 'html'
+        if out.suffix.lower() in ('.pdf', '.png', '.jpg', '.svg'):
+            raise ConfigError(f'--out: got {values.out!r}; accepted: .html and .md, or --format as well')
     written = page(values.runs, values.benchmark)
     with user_errors('--out'):
         pages.write(written, form, out)

@@ -15,7 +15,7 @@ not to the second how long it takes.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from adabatch_jax.schedules import Plan, Stage
@@ -140,13 +140,18 @@ class Model:
         share = math.ceil(batch_size / num_devices)
         return self.compute(share) + self.network.all_reduce(num_devices, self.gradient_bytes)
 
-    def worthwhile(self, batch_size: int, num_devices: int) -> int:
+    def worthwhile(
+        self, batch_size: int, num_devices: int, can_split: Callable[[int], bool] | None = None
+    ) -> int:
         """How many of some devices pay off: more, as long as twice as many would gain ``WORTH``.
 
-        A batch has to divide over them.
+        Args:
+          batch_size: in examples.
+          num_devices: at most.
+          can_split: over which numbers of devices; where left out, those that it divides over.
         """
-        found = 1
-        for more in (n for n in range(2, min(num_devices, batch_size) + 1) if batch_size % n == 0):
+        found, can_split = 1, can_split or (lambda count: batch_size % count == 0)
+        for more in filter(can_split, range(2, min(num_devices, batch_size) + 1)):
             gain = WORTH ** math.log2(more / found)
             if self.update(batch_size, found) >= gain * self.update(batch_size, more):
                 found = more

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
@@ -242,13 +243,12 @@ def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
     )
 
 
-def print_worthwhile(plan: Plan, model: Model, ladder: Sequence[int]) -> None:
-    """Prints for each stage of a plan how many of its devices pay off.
+def print_worthwhile(plan: Plan, model: Model) -> None:
+    """Prints for each stage of a plan, or each batch size that may be, how many of its devices pay off.
 
     Args:
       plan: of the run.
       model: of its updates.
-      ladder: the batch sizes to tell it of where the plan does not know the stages.
     """
     num_devices = plan.num_devices
     table = _table(
@@ -257,14 +257,15 @@ def print_worthwhile(plan: Plan, model: Model, ladder: Sequence[int]) -> None:
     )  # fmt: skip
     stages = [(str(stage.index), stage.batch_size, stage.num_updates) for stage in plan.stages]
     if not plan.planned:
-        stages = [('-', size, 0) for size in ladder]
+        stages = [('-', size, 0) for size in plan.ladder]
     for name, size, updates in stages:
-        paying, cells = model.worthwhile(size, num_devices), []
+        can_split = functools.partial(plan.can_split, size)
+        paying, cells = model.worthwhile(size, num_devices, can_split), []
         for count in (paying, num_devices):
             seconds = model.update(size, count)
             hours = updates * seconds / 3600
             time = [f'{hours:,.3g} h', f'{count * hours:,.3g}'] if updates else ['-', '-']
-            cells += ['-', '-', '-'] if size % count else [f'{size / seconds:,.0f}', *time]
+            cells += [f'{size / seconds:,.0f}', *time] if can_split(count) else ['-', '-', '-']
         table.add_row(name, f'{size:,}', f'{paying:,}', *cells)
     _print(table)
     _print(

@@ -28,7 +28,15 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import SCHEDULE, ConfigError, flatten, resolve, schedule_of, user_errors
+from adabatch_jax.config import (
+    SCHEDULE,
+    ConfigError,
+    default_config,
+    flatten,
+    resolve,
+    schedule_of,
+    user_errors,
+)
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import HostState
@@ -223,8 +231,9 @@ def open_run(
         state = experiment.initial_state()
         if not is_new:
             state, host = _restored(folder, state)
-            _check_is_before_the_end(experiment, host, int(state.examples_seen))
-            _check_devices(experiment, host, int(state.examples_seen))
+            examples_seen = distributed.from_first(lambda: int(state.examples_seen))
+            _check_is_before_the_end(experiment, host, examples_seen)
+            _check_devices(experiment, host, examples_seen)
             state = _search_from_effective(experiment, host, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
@@ -267,6 +276,8 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
         nonlocal state
         with user_errors('workdir'):
             state, host = checkpoint.restore(folder, target=state, report=terminal.say)
+        # Keys that its version did not have yet.
+        host['schedule'] = schedule_of(default_config()) | host['schedule']
         return host
 
     host = distributed.from_first(read)
@@ -286,11 +297,20 @@ def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examp
 
 def _check_devices(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
     """Refuses devices that cannot share the batches still to come; those before may have had others."""
-    policy, plan = experiment.policy, experiment.plan
-    to_come = [stage.batch_size for stage in plan.stages if stage.end > examples_seen]
-    if not policy.planned:
-        never_below = not policy.may_shrink and host.get('ladder') == list(policy.ladder)
-        lowest = host['batch_size'] if never_below else 0
+    policy, plan, upcoming = experiment.policy, experiment.plan, host['upcoming']
+    goes_on = host['schedule'] == schedule_of(experiment.config)
+    if goes_on and upcoming is None:  # nothing is left
+        return
+    if policy.planned:
+        update = schedules.next_update(
+            experiment.clock,
+            examples_seen,
+            lambda seen: schedules.transition_at(policy.transitions, seen).batch_size,
+        )
+        later = [stage.batch_size for stage in plan.stages if update and stage.start > update.start]
+        to_come = [update.batch_size, *later] if update else []
+    else:
+        lowest = upcoming['batch_size'] if goes_on and not policy.may_shrink else 0
         to_come = [size for size in policy.ladder if size >= lowest]
     with user_errors('config.batch'):
         for size in to_come:

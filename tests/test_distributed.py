@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from layout_child import BASIS, RUNS, SHARED
+from test_train import StopAt, of_kind
 
-from adabatch_jax import distributed, metrics, schedules, train_state
+from adabatch_jax import distributed, main, metrics, schedules, train, train_state
 from adabatch_jax.input_pipeline import order
 
 LAYOUTS = {  # processes, devices of each, and what they train
@@ -277,15 +278,15 @@ def test_what_a_lost_process_leaves_is_told_in_one_line_and_ends_the_others():
     """Also one that waits for ever, and without waiting for the one that is gone."""
     code = (
         'import os, sys, time, jax; from adabatch_jax.distributed import processes as p; '
-        'p._POLL_SECONDS, p._GRACE_SECONDS = 0.1, 0.5; k = int(sys.argv[2]); p.join(sys.argv[1], 3, k); '
-        'p.meet(); k == 1 and os._exit(9); k == 2 and time.sleep(100); '
+        'p._POLL_SECONDS, p._GRACE_SECONDS = 0.1, 0.5; k = int(sys.argv[2]); p.join(sys.argv[1], 4, k); '
+        'p.meet(); k == 1 and os._exit(9); k == 2 and time.sleep(100); time.sleep(0.2 * k); '
         'e = jax.errors.JaxRuntimeError("Gloo all-reduce failed: closed"); '
         'assert p.says_another_is_gone(e) and not p.says_another_is_gone(ValueError("Gloo")); '
         'sys.exit(p.abandon(e))'
     )
     address = f'localhost:{free_port()}'
-    ends = finish([start(('-c', code, address, k), devices=1) for k in range(3)], timeout=30)
-    assert [status for _, status in ends] == [1, 9, 1], ends
+    ends = finish([start(('-c', code, address, k), devices=1) for k in range(4)], timeout=30)
+    assert [status for _, status in ends] == [1, 9, 1, 1], ends
     assert ends[0][0].count('error: another process has ended') == 1 and 'closed)' in ends[0][0]
     assert not any('Traceback' in output for output, _ in ends)
 
@@ -370,6 +371,18 @@ def test_processes_that_replay_different_runs_are_refused(tmp_path):
     assert [status for _, status in ends] == [2, 2], ends
     refusal = "got '16 updates with 16' in process 1 and '32 updates with 8' in the first"
     assert f'config.batch: {refusal}; accepted: the same in all' in ends[0][0] + ends[1][0]
+
+
+def test_more_processes_go_on_where_the_first_batches_do_not_divide_over_their_devices(tmp_path):
+    config = main.parse(['main', f'--config={ROOT / "tests/small_run.py"}']).config
+    with pytest.raises(train.Preempted):
+        train.train(config, tmp_path, StopAt(18))
+    command = ('-m', 'adabatch_jax.main', f'--config={ROOT / "tests/small_run.py"}')
+    command += (f'--workdir={tmp_path}', f'--coordinator_address=localhost:{free_port()}')
+    command += ('--num_processes=2',)
+    ends = finish([start((*command, f'--process_id={k}'), devices=4) for k in range(2)], timeout=120)
+    assert [status for _, status in ends] == [0, 0], ends
+    assert of_kind(tmp_path, 'session')[-1]['num_devices'] == 8
 
 
 def test_processes_with_different_modes_are_refused(whole):

@@ -119,6 +119,7 @@ def test_listed_stages_may_grow_and_shrink():
         (((0, -8),), 'positive whole batch size'),
         (((0, 8.5),), 'positive whole batch size'),
         (((0, True),), 'positive whole batch size'),
+        (((True, 8),), 'positive whole batch size'),
         ((7,), 'accepted: \\(start epoch, batch size\\)'),
     ],
 )

@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_train import StopAt, of_kind, tiny
 
 from adabatch_jax import checkpoint, main, metrics, run, train, train_state, workdir
-from adabatch_jax.config import ConfigError, resolve
+from adabatch_jax.config import ConfigError, resolve, schedule_of
 from adabatch_jax.experiment import describe
 
 
@@ -292,24 +292,50 @@ def test_a_run_of_two_devices_ends_the_same_on_others_up_to_the_order_of_sums(
 
 
 @pytest.mark.parametrize(
-    'policy, seen, batch_size, refused',
+    'policy, seen, upcoming, changes, refused',
     [
-        ('adabatch', 64, 8, 8),
-        ('adabatch', 128, 16, None),
-        ('plateau', 64, 16, None),  # never goes back
-        ('noise_scale', 64, 16, 8),
+        ('adabatch', 64, 8, {}, 8),
+        ('adabatch', 128, 16, {}, None),
+        ('adabatch', 256, None, {}, None),
+        ('adabatch', 128, 8, {'batch.growth_epochs': 1.5}, None),
+        ('adabatch', 64, 16, {'batch.growth_epochs': 0.5}, 8),
+        ('plateau', 64, 16, {}, None),  # never goes back
+        ('plateau', 64, 16, {'batch.patience_epochs': 9}, 8),
+        ('noise_scale', 64, 16, {}, 8),
+        ('noise_scale', 256, None, {}, None),
     ],
 )
-def test_devices_have_to_share_the_batches_that_are_still_to_come(policy, seen, batch_size, refused):
+def test_devices_have_to_share_the_batches_that_are_still_to_come(
+    policy, seen, upcoming, changes, refused
+):
+    """``changes`` are those of the schedule before."""
     config = main.parse(['main', f'--config={SMALL_RUN}', f'--config.batch.policy={policy}']).config
     config.batch.max_size = 16
     experiment = describe(resolve(config), num_devices=8, begun_on_others=True)
-    host = {'ladder': list(experiment.policy.ladder), 'batch_size': batch_size}
+    host = {'schedule': schedule_of(experiment.config) | changes}
+    host['upcoming'] = upcoming and {'batch_size': upcoming}
     if refused is None:
         train._check_devices(experiment, host, seen)
     else:
         with pytest.raises(ConfigError, match=f'batch size {refused} on 8 devices'):
             train._check_devices(experiment, host, seen)
+
+
+def test_a_checkpoint_of_a_version_that_lacked_a_key_is_continued_as_if_it_had_the_default(
+    tmp_path, monkeypatch
+):
+    with pytest.raises(train.Preempted):
+        train.train(tiny(), tmp_path, StopAt(5))
+    original = checkpoint.restore
+
+    def restore(*args, **kwargs):
+        state, host = original(*args, **kwargs)
+        del host['schedule']['batch.statistics.min_groups']
+        return state, host
+
+    monkeypatch.setattr(checkpoint, 'restore', restore)
+    train.train(tiny(), tmp_path)
+    assert of_kind(tmp_path, 'session')[-1]['reason'] == 'continues from the checkpoint of update 6'
 
 
 # -------------------------------------------------------------------------------- work directory

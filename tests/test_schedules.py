@@ -1,5 +1,6 @@
 """Clock, plan and learning rates against numbers worked by hand and against brute force."""
 
+import dataclasses
 import itertools
 import math
 
@@ -228,6 +229,20 @@ def test_batch_splits_into_the_fewest_equal_microbatches(batch_size, devices, li
 def test_plan_refuses_what_would_fail_later(transitions, message):
     with pytest.raises(ValueError, match=message):
         make_plan(Clock(100, 3), transitions, HALVING, num_devices=4)
+
+
+def test_the_plan_of_a_run_that_other_devices_began_has_no_split_where_there_is_none():
+    transitions = [Transition(0, 8, ''), Transition(50, 16, '')]
+    plan = make_plan(Clock(100, 1), transitions, HALVING, num_devices=16, begun_on_others=True)
+    assert [(s.microbatch_size, s.num_microbatches) for s in plan.stages] == [(0, 0), (1, 1)]
+    assert plan.ladder == (8, 16) and plan.usable == (16,) and plan.largest_microbatch == 1
+    assert plan.with_microbatches_up_to(1) == dataclasses.replace(plan, max_per_device=1)
+    with pytest.raises(ValueError, match='batch size 8 does not divide evenly over 16 devices'):
+        plan.split(8)
+    with pytest.raises(ValueError, match='batch size: got 0'):
+        make_plan(Clock(100, 1), [Transition(0, 0, '')], HALVING, begun_on_others=True)
+    none = make_plan(Clock(100, 1), transitions, HALVING, num_devices=5, begun_on_others=True)
+    assert none.usable == () and none.largest_microbatch == 0
 
 
 def test_stages_of_one_batch_size_that_touch_are_one_stage():

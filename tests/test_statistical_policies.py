@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import gradient_statistics, policies, scaling, schedules
-from adabatch_jax.config import default_config
+from adabatch_jax.config import default_config, resolve
 from adabatch_jax.policies import Observation, adascale
 
 NUM_EXAMPLES = 10_000
@@ -513,7 +513,7 @@ def test_the_plan_tells_the_coupling_that_a_control_needs(changes, expected):
     """Its first batch size has to get the learning rate that the policy gives it."""
     config = default_config()
     config.update_from_flattened_dict({'batch.base_size': 64} | changes)
-    said = policies.control(config)
+    said = policies.control(config, policies.create(resolve(config), None, schedules.Clock(1000, 9)))
     assert said.endswith(f'coupling={expected}.') if expected else said == ''
     if expected:
         control = config.copy_and_resolve_references()

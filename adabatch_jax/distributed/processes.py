@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -328,27 +328,42 @@ def abandon(error: Exception) -> int:
         'error: another process has ended, or cannot be reached; start all of them again, and the run '
         f'goes on from its last checkpoint ({str(error).splitlines()[0]})'
     )
-    if _tell(1, line, can_meet=False):
-        if is_first():  # with it goes the store, where the others still look
-            time.sleep(_POLL_SECONDS + _GRACE_SECONDS)
-        sys.stdout.flush()
-        os._exit(1)
-    return 1
+    if not _tell(1, line, can_meet=False) and _told().can_meet:
+        return 1
+    if is_first():  # with it goes the store, where the others still look
+        time.sleep(_POLL_SECONDS + _GRACE_SECONDS)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+class _Told(NamedTuple):
+    """What the first process that fails tells the others.
+
+    Attributes:
+      who: which process it is.
+      status: to end with.
+      line: why.
+      can_meet: whether all processes are there to leave JAX's runtime together.
+    """
+
+    who: int
+    status: int
+    line: str
+    can_meet: bool
+
+
+def _told() -> _Told:
+    return _Told(*json.loads(_store().key_value_try_get(_FAILED)))
 
 
 def _tell(status: int, line: str, can_meet: bool) -> bool:
-    """Prints why this process fails and tells the others, if it is the first that does.
-
-    Args:
-      status: to end with.
-      line: to print.
-      can_meet: whether all processes are there to leave JAX's runtime together.
-    """
+    """Prints why this process fails and tells the others, if it is the first that does."""
     if _ending.is_set():  # what failed here is that another process has
         return False
     _ending.set()
     try:
-        _store().key_value_set(_FAILED, json.dumps([jax.process_index(), status, line, can_meet]))
+        told = _Told(jax.process_index(), status, line, can_meet)
+        _store().key_value_set(_FAILED, json.dumps(told))
     except jax.errors.JaxRuntimeError as error:
         if 'ALREADY_EXISTS' in str(error):  # another was first
             return False
@@ -366,7 +381,7 @@ def _watch() -> None:
     """Ends this process when another has failed, also where it waits for what will never come."""
     while not _ending.wait(_POLL_SECONDS):
         try:
-            who, status, line, can_meet = json.loads(_store().key_value_try_get(_FAILED))
+            told = _told()
             break
         except jax.errors.JaxRuntimeError:  # nobody has
             continue
@@ -376,10 +391,10 @@ def _watch() -> None:
         return  # it ends by itself
     _ending.set()
     if is_first():
-        print(f'process {who} failed: {line}', file=sys.stderr, flush=True)
+        print(f'process {told.who} failed: {told.line}', file=sys.stderr, flush=True)
     try:
-        if can_meet:
+        if told.can_meet:
             with _in_use:
                 jax.distributed.shutdown()
     finally:
-        os._exit(status)
+        os._exit(told.status)

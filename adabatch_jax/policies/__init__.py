@@ -111,14 +111,15 @@ def _suited(own: str, config) -> str:
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
 
 
-def control(config) -> str:
+def control(config, policy: Policy) -> str:
     """What the matched control of a run needs beside ``batch.policy=fixed``, in words; mostly nothing.
 
     The policy's own coupling, where that of ``fixed`` would give its first batch size another rate.
     """
     rate, used = config.learning_rate, coupling(config)
     is_replaced = rate.rule != 'schedule' or getattr(_module(config), 'REPLACES_COUPLING', False)
-    if rate.coupling != 'auto' or is_replaced or config.batch.base_size == rate.reference_batch_size:
+    is_reference = policy.transitions[0].batch_size == rate.reference_batch_size
+    if rate.coupling != 'auto' or is_replaced or is_reference:
         return ''
     if used == _suited(POLICIES['fixed'].COUPLING, config):
         return ''

@@ -23,7 +23,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
         if not (isinstance(entry, tuple) and len(entry) == 2):
             raise ValueError(f'stages: got {entry!r}; accepted: (start epoch, batch size)')
         epoch, size = entry
-        if not isinstance(epoch, int | float) or type(size) is not int or size < 1:
+        if type(epoch) not in (int, float) or type(size) is not int or size < 1:
             raise ValueError(
                 f'stages: got {entry!r}; accepted: a start in epochs and a positive whole batch size'
             )

@@ -46,7 +46,7 @@ class Plan:
       learning_rate: the coupling rule.
       stages: in order. Where ``planned`` is false they are what would follow without a decision.
       num_devices: devices over all processes.
-      ladder: sorted batch sizes that the run may use on these devices.
+      ladder: sorted batch sizes that the run may use.
       planned: whether the policy's stages are all known in advance.
       max_per_device: largest microbatch of one device; 0 for no limit.
       microbatch_multiple: what every microbatch is a multiple of.
@@ -78,6 +78,19 @@ class Plan:
             self.min_groups,
         )
 
+    def can_split(self, batch_size: int, num_devices: int | None = None) -> bool:
+        """Whether there is a split over its devices, or over another number of them."""
+        try:
+            dataclasses.replace(self, num_devices=num_devices or self.num_devices).split(batch_size)
+        except ValueError:
+            return False
+        return True
+
+    @property
+    def usable(self) -> tuple[int, ...]:
+        """The batch sizes of the ladder that its devices can share."""
+        return tuple(filter(self.can_split, self.ladder))
+
     def with_microbatches_up_to(self, max_per_device: int) -> 'Plan':
         """The same plan with its batches split for a largest microbatch; 0 for no limit.
 
@@ -85,7 +98,7 @@ class Plan:
           ValueError: a batch size cannot be split so.
         """
         plan = dataclasses.replace(self, max_per_device=max_per_device)
-        splits = {batch_size: plan.split(batch_size) for batch_size in plan.ladder}
+        splits = {batch_size: plan.split(batch_size) for batch_size in self.usable}
         stages = []
         for stage in plan.stages:
             size, count = splits.get(stage.batch_size, (0, 0))
@@ -95,7 +108,8 @@ class Plan:
     @property
     def largest_microbatch(self) -> int:
         """Of all batch sizes that the run may use; as ``max_per_device`` it gives the same splits."""
-        return max(self.split(batch_size)[0] for batch_size in self.ladder)
+        sizes = (self.split(batch_size)[0] for batch_size in self.usable)
+        return max(sizes, default=self.max_per_device)
 
     def updates(self) -> Iterator[Update]:
         """Every update in order."""
@@ -207,7 +221,7 @@ def make_plan(
       ladder: further batch sizes that decisions during the run may choose.
       planned: whether ``transitions`` are all there will be.
       begun_on_others: whether batch sizes that do not divide over these devices may be those of a part
-        that others train; they are left out of the plan's ladder.
+        that others train.
 
     Raises:
       ValueError: stages out of order, or a batch size that exceeds the data set or does not divide
@@ -221,7 +235,7 @@ def make_plan(
             advice = 'set batch.max_size or choose fewer growth steps'
             raise ValueError(
                 f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
-                f'{"choose a smaller batch.base_size" if is_first else advice}'
+                f'{"start with less (batch.base_size, batch.stages)" if is_first else advice}'
             )
 
     splits = {}
@@ -231,7 +245,7 @@ def make_plan(
                 size, num_devices, max_per_device, microbatch_multiple, min_groups
             )
         except ValueError:
-            if not begun_on_others:
+            if not begun_on_others or size < 1:
                 raise
     stages = _stages(clock, transitions, learning_rate, splits)
     highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
@@ -242,7 +256,7 @@ def make_plan(
         learning_rate,
         stages,
         num_devices,
-        tuple(splits),
+        tuple(sizes),
         planned,
         max_per_device,
         microbatch_multiple,
