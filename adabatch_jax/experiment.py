@@ -254,18 +254,12 @@ def describe(
         if rule != 'schedule':  # where the first search begins
             effective = optax.constant_schedule(config.learning_rate.effective)
         rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
-    with user_errors('config.batch'):
-        policy = policies.create(config, rate, clock)
-        if policy.statistics not in steps.STATISTICS:
-            raise ValueError(
-                f'policy: got statistics {policy.statistics!r}; accepted: {", ".join(steps.STATISTICS)}'
-            )
+    policy = _policy(config, rate, clock)
     statistics, note = policy.statistics, f'{policy.note} {policies.control(config, policy)}'.strip()
     if config.batch.gradient_statistics or rule == 'barzilai_borwein':
         statistics = statistics or 'norms'
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
-    num_devices = num_devices or jax.device_count()
     plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
     with user_errors('config.model'):
         model = models.get_model(
@@ -287,6 +281,14 @@ def describe(
     return _reduced(experiment) if is_reduced else experiment
 
 
+def _policy(config, rate, clock) -> policies.Policy:
+    with user_errors('config.batch'):
+        policy = policies.create(config, rate, clock)
+        if (got := policy.statistics) not in steps.STATISTICS:
+            raise ValueError(f'policy: got statistics {got!r}; accepted: {steps.STATISTICS}')
+    return policy
+
+
 def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others) -> schedules.Plan:
     with user_errors('config.model'):
         group = models.check_batch_norm(config.model.batch_norm) or 1
@@ -295,7 +297,7 @@ def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
             clock,
             policy.transitions,
             rate,
-            num_devices=num_devices,
+            num_devices=num_devices or jax.device_count(),
             max_per_device=config.batch.max_per_device or policy.max_per_device,
             microbatch_multiple=group,
             min_groups=config.batch.statistics.min_groups if statistics else 1,

@@ -230,8 +230,7 @@ def open_run(
         pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
         state = experiment.initial_state()
         if not is_new:
-            state, host = _restored(folder, state)
-            examples_seen = distributed.from_first(lambda: int(state.examples_seen))
+            state, host, examples_seen = _restored(folder, state)
             _check_is_before_the_end(experiment, host, examples_seen)
             _check_devices(experiment, host, examples_seen)
             state = _search_from_effective(experiment, host, state)
@@ -270,7 +269,7 @@ def open_run(
 
 
 def _restored(folder: pathlib.Path, state: train_state.TrainState):
-    """The state and the host state of the last checkpoint; the state in the first process only."""
+    """State (in the first process only), host state and position of the last checkpoint."""
 
     def read():
         nonlocal state
@@ -278,10 +277,10 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
             state, host = checkpoint.restore(folder, target=state, report=terminal.say)
         # Keys that its version did not have yet.
         host['schedule'] = schedule_of(default_config()) | host['schedule']
-        return host
+        return host, int(state.examples_seen)
 
-    host = distributed.from_first(read)
-    return state, host
+    host, examples_seen = distributed.from_first(read)
+    return state, host, examples_seen
 
 
 def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:

@@ -90,7 +90,7 @@ def test_a_schedule_that_is_none_or_of_other_data_is_a_mistake(decided, tmp_path
             train.plan(tiny(**replay))
     for change, message in (
         ({'max_per_device': -3}, 'no negative numbers'),
-        ({'statistics': 'all'}, "got statistics 'all'; accepted: , norms, inner_products"),
+        ({'statistics': 'all'}, "got statistics 'all'; accepted: .'', 'norms', 'inner_products'"),
     ):
         (tmp_path / 'schedule.json').write_text(json.dumps(schedule | change))
         with pytest.raises(ConfigError, match=message):

@@ -229,15 +229,7 @@ def make_plan(
     """
     transitions = check_transitions(transitions)
     sizes = sorted({*ladder, *(t.batch_size for t in transitions)})
-    for size in sizes:
-        if size > clock.num_examples:
-            is_first = size == transitions[0].batch_size
-            advice = 'set batch.max_size or choose fewer growth steps'
-            raise ValueError(
-                f'batch size {size} is larger than the data set ({clock.num_examples} examples); '
-                f'{"start with less (batch.base_size, batch.stages)" if is_first else advice}'
-            )
-
+    _check_fit(sizes, transitions[0].batch_size, clock.num_examples)
     splits = {}
     for size in sizes:
         try:
@@ -262,6 +254,17 @@ def make_plan(
         microbatch_multiple,
         min_groups,
     )
+
+
+def _check_fit(sizes: Iterable[int], first: int, num_examples: int) -> None:
+    for size in sizes:
+        if size > num_examples:
+            advice = 'set batch.max_size or choose fewer growth steps'
+            if size == first:
+                advice = 'start with less (batch.base_size, batch.stages)'
+            raise ValueError(
+                f'batch size {size} is larger than the data set ({num_examples} examples); {advice}'
+            )
 
 
 def _stages(
