@@ -255,9 +255,9 @@ def describe(
             effective = optax.constant_schedule(config.learning_rate.effective)
         rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
     policy = _policy(config, rate, clock)
-    statistics, note = policy.statistics, f'{policy.note} {policies.control(config, policy)}'.strip()
-    if config.batch.gradient_statistics or rule == 'barzilai_borwein':
-        statistics = statistics or 'norms'
+    is_measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
+    statistics = policy.statistics or ('norms' if is_measured else '')
+    note = f'{policy.note} {policies.control(config, policy, coupling)}'.strip()
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
     plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)

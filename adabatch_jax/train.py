@@ -322,7 +322,7 @@ def _search_from_effective(
     """The state where step sizes are searched for now, or from another size on, and were not before."""
     now, before = schedule_of(experiment.config), host['schedule']
     keys = ('learning_rate.rule', 'learning_rate.effective')
-    is_another = any(before.get(key, now[key]) != now[key] for key in keys)
+    is_another = any(before[key] != now[key] for key in keys)
     if experiment.config.learning_rate.rule == 'schedule' or not is_another:
         return state
     start = experiment.config.learning_rate.effective

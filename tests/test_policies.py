@@ -111,7 +111,7 @@ def test_listed_stages_may_grow_and_shrink():
 @pytest.mark.parametrize(
     'stages, message',
     [
-        ((), r'got \(\); accepted: \(start epoch, batch size\), ...; the first start at epoch 0'),
+        ((), 'stages: got none first; the first stage has to start at epoch 0'),
         (((1, 8),), 'start at epoch 0'),
         (((0, 8), (5, 16), (5, 32)), 'out of order'),
         (((0, 8), (5, 16), (2, 32)), 'out of order'),

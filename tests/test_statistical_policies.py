@@ -513,7 +513,8 @@ def test_the_plan_tells_the_coupling_that_a_control_needs(changes, expected):
     """Its first batch size has to get the learning rate that the policy gives it."""
     config = default_config()
     config.update_from_flattened_dict({'batch.base_size': 64} | changes)
-    said = policies.control(config, policies.create(resolve(config), None, schedules.Clock(1000, 9)))
+    policy = policies.create(resolve(config), None, schedules.Clock(1000, 9))
+    said = policies.control(config, policy, policies.coupling(config))
     assert said.endswith(f'coupling={expected}.') if expected else said == ''
     if expected:
         control = config.copy_and_resolve_references()

@@ -194,7 +194,7 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def agree(values: Mapping[str, Any], error: type[Exception] = ValueError) -> None:
+def agree(values: Mapping[str, Any], error: type[Exception]) -> None:
     """Has every process end, by raising ``error``, where one was given other values than the first.
 
     Args:

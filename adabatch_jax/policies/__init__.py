@@ -111,12 +111,17 @@ def _suited(own: str, config) -> str:
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
 
 
-def control(config, policy: Policy) -> str:
+def control(config, policy: Policy, used: str) -> str:
     """What the matched control of a run needs beside ``batch.policy=fixed``, in words; mostly nothing.
 
-    The policy's own coupling, where that of ``fixed`` would give its first batch size another rate.
+    The coupling that the run has, where that of ``fixed`` would give its first batch size another rate.
+
+    Args:
+      config: of the run.
+      policy: what ``create`` makes of it.
+      used: its coupling, from ``coupling``.
     """
-    rate, used = config.learning_rate, coupling(config)
+    rate = config.learning_rate
     is_replaced = rate.rule != 'schedule' or getattr(_module(config), 'REPLACES_COUPLING', False)
     is_reference = policy.transitions[0].batch_size == rate.reference_batch_size
     if rate.coupling != 'auto' or is_replaced or is_reference:

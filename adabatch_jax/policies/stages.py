@@ -14,10 +14,6 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     Raises:
       ValueError: the list is empty, malformed, out of order, or goes past the end of the run.
     """
-    if not config.batch.stages:
-        raise ValueError(
-            'stages: got (); accepted: (start epoch, batch size), ...; the first start at epoch 0'
-        )
     transitions = []
     for entry in config.batch.stages:
         if not (isinstance(entry, tuple) and len(entry) == 2):

@@ -230,23 +230,10 @@ def make_plan(
     transitions = check_transitions(transitions)
     sizes = sorted({*ladder, *(t.batch_size for t in transitions)})
     _check_fit(sizes, transitions[0].batch_size, clock.num_examples)
-    splits = {}
-    for size in sizes:
-        try:
-            splits[size] = split_batch(
-                size, num_devices, max_per_device, microbatch_multiple, min_groups
-            )
-        except ValueError:
-            if not begun_on_others or size < 1:
-                raise
-    stages = _stages(clock, transitions, learning_rate, splits)
-    highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
-    if not highest <= float(np.finfo(np.float32).max):
-        raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
-    return Plan(
+    plan = Plan(
         clock,
         learning_rate,
-        stages,
+        (),
         num_devices,
         tuple(sizes),
         planned,
@@ -254,6 +241,15 @@ def make_plan(
         microbatch_multiple,
         min_groups,
     )
+    for size in sizes:
+        if not begun_on_others or size < 1:
+            plan.split(size)
+    splits = {size: plan.split(size) for size in plan.usable}
+    stages = _stages(clock, transitions, learning_rate, splits)
+    highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
+    if not highest <= float(np.finfo(np.float32).max):
+        raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
+    return dataclasses.replace(plan, stages=stages)
 
 
 def _check_fit(sizes: Iterable[int], first: int, num_examples: int) -> None:

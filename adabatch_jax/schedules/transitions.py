@@ -33,7 +33,8 @@ def check_transitions(transitions: Iterable[Transition]) -> tuple[Transition, ..
     """Returns the transitions as a tuple, or raises ``ValueError`` where they are out of order."""
     transitions = tuple(transitions)
     if not transitions or transitions[0].examples_seen != 0:
-        raise ValueError('the first stage has to start at epoch 0')
+        got = f'one after {transitions[0].examples_seen} examples' if transitions else 'none'
+        raise ValueError(f'got {got} first; the first stage has to start at epoch 0')
     for before, after in zip(transitions, transitions[1:], strict=False):
         if after.examples_seen <= before.examples_seen:
             raise ValueError(
