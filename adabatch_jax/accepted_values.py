@@ -9,7 +9,6 @@ _POSITIVE = (
     'eval_every_epochs',
     'checkpoint_every_epochs',
     'log_every_steps',
-    'dataset.eval_batch_size',
     'dataset.num_examples',
     'analysis.num_examples',
     'analysis.batch_size',
@@ -36,6 +35,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     'seed',
     'dataset.crop_padding',
+    'dataset.eval_batch_size',
     'dataset.image_size',
     'dataset.eval_resize',
     'dataset.num_classes',

@@ -61,19 +61,21 @@ class Checkpointer:
         self._finishing: concurrent.futures.Future | None = None
         self._error: tuple[int, Exception] | None = None  # of the last save, with its step
         self._saved = max(steps(directory), default=None)
+        self._saving: int | None = None
 
     def save(self, step: int, state: Any, host: dict[str, Any], accuracy: float | None = None) -> None:
         """Begins to save; the state's buffers may be donated as soon as this returns.
 
         Args:
-          step: updates taken, the name of the checkpoint. One that is saved already is left as it is.
+          step: updates taken, the name of the checkpoint. One that is saved already, or being saved, is
+            left as it is.
           state: pytree of arrays, the same on every device.
           host: JSON-able state of the host.
           accuracy: of an evaluation of this very state, for keeping the best; None without one.
         """
+        if step in (self._saving, self._saved):
+            return  # a best state that is due as well: to wait for it would hold training up
         self._join()
-        if step == self._saved:
-            return
         path = self._directory / UNFINISHED / str(step)
         try:
             if path.parent.exists():  # what a killed process left
@@ -81,7 +83,6 @@ class Checkpointer:
             path.parent.mkdir(parents=True)
             _check_room(path.parent, state)
             state = jax.tree.map(np.array, state)  # a copy: the buffers are given to the next update
-            digest = tree_digest(state)
             writer = ocp.AsyncCheckpointer(_handler(), multiprocessing_options=_ALONE)
             host = {**host, 'accuracy': accuracy}
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host))
@@ -89,13 +90,14 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
             self._fail(step, error)
             return
-        self._finishing = self._executor.submit(self._finish, step, path, writer, digest)
+        self._saving = step
+        self._finishing = self._executor.submit(self._finish, step, path, writer, state)
 
-    def _finish(self, step: int, path: pathlib.Path, writer, digest: str) -> None:
+    def _finish(self, step: int, path: pathlib.Path, writer, state: Any) -> None:
         try:
             with writer:
                 writer.wait_until_finished()
-            if tree_digest(_read(path)[0]) != digest:
+            if tree_digest(_read(path)[0]) != tree_digest(state):
                 raise Damaged('what was read back is not what was written')
             _write_manifest(path)
             path.rename(self._directory / str(step))
@@ -103,7 +105,7 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:
             self._fail(step, error)
             return
-        self._saved, self._error = step, None
+        self._saved, self._saving, self._error = step, None, None
         with contextlib.suppress(OSError):  # one too many is tried again with the next
             self._remove_old()
         self._clear()
@@ -122,7 +124,7 @@ class Checkpointer:
         self._fail(step, error)
 
     def _fail(self, step: int, error: Exception) -> None:
-        self._error = step, error
+        self._error, self._saving = (step, error), None
         self._clear()  # a full disk needs the room
         last = f'the last good one is that of update {self._saved}' if self._saved else 'there is none'
         self._report(

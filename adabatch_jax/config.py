@@ -64,7 +64,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Where batches are made: tf_data, on the host; device, inside the compiled step, of data that lives
     # on every device; auto: device for small data on an accelerator, or without TensorFlow.
     dataset.pipeline = 'auto'
-    dataset.eval_batch_size = 500  # examples over all devices; the last batch is padded and masked
+    # Examples at once over all devices, at most; the last batch is padded; 0: what suits the devices.
+    dataset.eval_batch_size = 0
     dataset.num_examples = 1024  # synthetic only: examples a split
     dataset.num_classes = 0  # 0: as many as the data has (synthetic: 10); else it must have as many
 

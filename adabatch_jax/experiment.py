@@ -1,12 +1,10 @@
 """What a config describes: data, clock, policy, plan, model and optimizer, before anything runs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,15 +16,19 @@ from adabatch_jax import (
     models,
     optimizers,
     policies,
+    reducing,
     schedules,
     steps,
     train_state,
     variance_reduction,
 )
-from adabatch_jax.config import ConfigError, flatten, user_errors
+from adabatch_jax.config import ConfigError, user_errors
 
 # Examples that a dispatch is filled up with on an accelerator, by several updates with small batches.
 DISPATCH_EXAMPLES = 4096
+# Images that a device evaluates at once: on a CPU what its caches hold, else of so many bytes at most.
+CPU_EVALUATES = 125
+EVALUATED_BYTES = 2**26
 # Images that one device is given at once; host and devices hold several such parts of a batch.
 PART_BYTES = 2**28
 SEARCHED = (
@@ -107,14 +109,31 @@ class Experiment:
         if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
             return max(1, min(config.compile.updates_per_dispatch, self.plan.num_updates))
         most = max(1, DISPATCH_EXAMPLES // batch_size)
-        every = min(config.eval_every_epochs, config.checkpoint_every_epochs)
-        between = max(1, self.clock.examples(every) // batch_size)  # from one pause to the next
+        between, _ = self._updates_between_pauses(batch_size)
         return between // math.ceil(between / most)  # in as few dispatches, of equal length
 
+    def _updates_between_pauses(self, batch_size: int) -> tuple[int, bool]:
+        """The fewest from a pause of the run to the next, and whether they are always as many."""
+        config = self.config
+        every = min(config.eval_every_epochs, config.checkpoint_every_epochs, config.num_epochs)
+        examples = self.clock.examples(every)
+        count, _ = self.clock.updates_before(0, examples, batch_size)
+        drops = self.clock.remainder == 'drop' and float(every).is_integer()
+        return max(1, min(count, examples // batch_size)), drops or examples % batch_size == 0
+
     def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
-        """The train steps of a stage, by the number of updates that they make."""
-        counts = {1, self.updates_per_dispatch(batch_size)}
-        return {count: self.train_spec(batch_size, count) for count in sorted(counts, reverse=True)}
+        """The train steps that a stage is expected to need, by the number of updates that they make.
+
+        A single update is made where those left before a pause are too few. What will not be used is
+        not here, since the stages wait for it to be compiled; what is used all the same can be later.
+        """
+        count = self.updates_per_dispatch(batch_size)
+        stretches = [s.num_updates for s in self.plan.stages if s.batch_size == batch_size]
+        if stretches and max(stretches) < count:
+            return {1: self.train_spec(batch_size)}
+        between, is_even = self._updates_between_pauses(batch_size)
+        is_even &= self.snapshots is None and not any(n % count for n in (*stretches, between))
+        return {n: self.train_spec(batch_size, n) for n in ([count] if is_even else [count, 1])}
 
     def snapshot_spec(self, batch_size: int) -> steps.StepSpec:
         """The step that makes snapshots for variance reduction from parts of a stage's batch size."""
@@ -129,12 +148,14 @@ class Experiment:
         """Starts to compile what a new run needs first, while its data are read.
 
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
-        first stage.
+        first stage, unless they wait for that.
         """
-        size = self.plan.ladder[-1]
-        largest = [] if self.plan.max_per_device else [self.in_parts().train_spec(size)]
-        first = self.stage_specs(self.policy.transitions[0].batch_size)
-        for spec in (*largest, *first):
+        size, likely = self.policy.transitions[0].batch_size, self.in_parts()
+        if not self.plan.max_per_device:
+            steps.CACHE.precompile(likely.train_spec(self.plan.ladder[-1]))
+        if likely.plan.split(size) != self.plan.split(size):  # the largest decides about this one too
+            return
+        for spec in self.stage_specs(size):
             steps.CACHE.precompile(spec)
 
     def stage_after(self, update: schedules.Update) -> schedules.Update | None:
@@ -203,10 +224,15 @@ class Experiment:
 
     @property
     def eval_spec(self) -> steps.StepSpec:
-        """The evaluation step; its batch is no larger than the split, rounded up to the devices."""
-        devices = jax.device_count()
-        wanted = min(self.config.dataset.eval_batch_size, self.info.num_eval)
-        size = math.ceil(wanted / devices) * devices
+        """The evaluation step; its batches are of equal size, rounded up to the devices."""
+        devices, of_device = jax.device_count(), CPU_EVALUATES
+        if jax.default_backend() != 'cpu':
+            of_device = math.ceil(EVALUATED_BYTES / math.prod(self.info.image_shape))
+            of_device = min(of_device, DISPATCH_EXAMPLES)
+        num_batches = math.ceil(
+            self.info.num_eval / (self.config.dataset.eval_batch_size or of_device * devices)
+        )
+        size = math.ceil(self.info.num_eval / num_batches / devices) * devices
         return self._step(batch_size=size, train=False)
 
     def _step(self, **of_batch_size: Any) -> steps.StepSpec:
@@ -278,7 +304,7 @@ def describe(
         load = input_pipeline.load_on_device(config, info, needed=is_reduced)
     parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load, statistics, note)
     experiment = Experiment(config, *parts)
-    return _reduced(experiment) if is_reduced else experiment
+    return reducing.reduced(experiment) if is_reduced else experiment
 
 
 def _policy(config, rate, clock) -> policies.Policy:
@@ -305,86 +331,6 @@ def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
             planned=policy.planned,
             begun_on_others=begun_on_others,
         )
-
-
-def _reduced(experiment: Experiment) -> Experiment:
-    """With what takes noise out of its gradients, as ``config.optimizer`` says."""
-    config, info = experiment.config, experiment.info
-    name, svrg, saga = config.optimizer.name, config.optimizer.svrg, config.optimizer.saga
-    if config.learning_rate.rule != 'schedule':
-        raise ConfigError(
-            f'config.learning_rate.rule: got {config.learning_rate.rule!r}; accepted with optimizer '
-            f'{name!r}: schedule'
-        )
-    if name in optimizers.SAGA:
-        for key, accepted in (('model.name', 'linear'), ('dataset.augment', 'none')):
-            if (got := flatten(config)[key]) != accepted:
-                raise ConfigError(
-                    f'config.{key}: got {got!r}; accepted with optimizer {name!r}: {accepted} (it keeps '
-                    'a number of each example and class)'
-                )
-        first = saga.first_size or 2 * math.prod(info.image_shape)
-        first = min(first, info.num_train) if name == 'dynasaga' else info.num_train
-        examples_at = functools.partial(
-            input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
-        )
-        note = f'{experiment.note} Sample: {first:,} examples at first.'.strip()
-        reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
-        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at, note=note)
-    model, estimator = experiment.model, None
-    if experiment.has_batch_norm:
-        model, estimator = _frozen(model, info.image_shape), model
-    reduction = variance_reduction.Svrg(
-        info.num_train, svrg.mixed, svrg.skip_zeros, estimator, models.MOMENTUM
-    )
-    lowest = config.batch.base_size
-    snapshots = variance_reduction.Snapshots(
-        info.num_train,
-        svrg.snapshot_passes,
-        svrg.first_size or info.num_train,
-        svrg.growth_factor,
-        svrg.error_decay,
-        schedules.ladder(lowest, config.batch.growth_factor, max(lowest, info.num_train)),
-    )
-    total = experiment.clock.total_examples
-    with user_errors('config.optimizer.svrg'):
-        last = snapshots.number(total - 1)
-        if last >= variance_reduction.MOST_SNAPSHOTS:
-            raise ValueError(
-                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; '
-                f'accepted: what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
-            )
-    sizes = [snapshots.size(number) for number in range(last + 1)]
-    note = (
-        f'{experiment.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
-        f'{2 * total + sum(sizes):,} gradients of examples at most.'
-    ).strip()
-    return dataclasses.replace(
-        experiment, model=model, reduction=reduction, snapshots=snapshots, note=note
-    )
-
-
-def _frozen(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The model with running statistics in training too.
-
-    Raises:
-      ConfigError: one that moves them all the same.
-    """
-    frozen = model.clone(batch_norm='frozen')
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-
-    def check(key, images):
-        variables = frozen.init(key, images, train=False)
-        return frozen.apply(variables, images, train=True, rngs={'dropout': key})
-
-    try:
-        jax.eval_shape(check, jax.random.key(0), images)
-    except flax.errors.ModifyScopeVariableError as error:
-        raise ConfigError(
-            f"config.model.name: got a {type(model).__name__}; accepted with optimizer 'svrg': models "
-            "whose BatchNorm leaves its running statistics alone with batch_norm='frozen'"
-        ) from error
-    return frozen
 
 
 def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.ConfigDict:

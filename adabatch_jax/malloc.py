@@ -30,7 +30,7 @@ TUNABLES = ':'.join(
 # Bytes of the holes to take: from where glibc searches lists on, to what steps may have a use for.
 _SMALLEST, _LARGEST = 1040, 2**22
 _BEYOND = 2**26  # larger than any hole
-_ACCELERATORS = ('nvidia0', 'kfd', 'accel0', 'vfio/0')  # in /dev: steps do not run on the CPU
+_ACCELERATORS = ('nvidiactl', 'kfd', 'accel0', 'vfio/0')  # in /dev: steps do not run on the CPU
 
 
 def tunables(current: str) -> str | None:

@@ -19,11 +19,20 @@ OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in the message of what JAX raises
 
 
 def device_bytes() -> int:
-    """The memory that one device of this process can use; CPU devices share the machine's."""
+    """The memory that one device of this process can use; CPU devices share the machine's.
+
+    Raises:
+      ConfigError: an accelerator that does not tell, as those with an allocator that has no limit.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if 'bytes_limit' in stats:
         return stats['bytes_limit']
+    if device.platform != 'cpu':
+        raise ConfigError(
+            f'config.batch.max_per_device: got 0, and the {device.device_kind} does not tell how much '
+            'memory it has; give the largest number of examples that it is to take at once'
+        )
     machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     for limit in ('memory.max', 'memory/memory.limit_in_bytes'):  # of a container, cgroup v2 and v1
         with contextlib.suppress(OSError, ValueError):

@@ -134,12 +134,11 @@ class Run:
         policy = self.experiment.policy
         # Several processes may not see the same times, and so would not decide the same.
         agreed = distributed.from_first if policy.observes else lambda make: make()
-        if policy.probe_examples and (
-            sizes := agreed(lambda: policy.probes(self.host.policy, self.examples_seen))
-        ):
-            self.probed = sizes
+        if policy.probe_examples:
+            self.probed = agreed(lambda: policy.probes(self.host.policy, self.examples_seen))
+        if self.probed:
             with self.paused(), self.timed('probe'):
-                probing.probe(self, sizes)
+                probing.probe(self, self.probed)
             self.probed = ()
 
         def batch_size_at(examples_seen: int) -> int:
@@ -180,8 +179,7 @@ class Run:
         """The updates to dispatch together: the upcoming one, and more if nothing comes between."""
         updates = self.clock.updates(self.upcoming.start, self.upcoming.batch_size)
         updates = list(itertools.islice(updates, max(self.stream.steps)))
-        config, policy = self.experiment.config, self.experiment.policy
-        seen = self.examples_seen
+        config, policy, seen = self.experiment.config, self.experiment.policy, self.examples_seen
         for before, update in itertools.pairwise(updates):
             if (
                 update.start >= self.clock.total_examples
@@ -201,6 +199,9 @@ class Run:
           Those that were in flight, to be observed: never more than one dispatch is waited for.
         """
         updates = self.ahead()
+        if len(updates) not in self.stream.steps:  # so few were not expected
+            with self.paused(), self.timed('stall'):
+                self.host.seconds['compile'] += self.stream.compile(len(updates))
         rates = [self.learning_rate(update) for update in updates]
         given = [GROWN if self.has_grown else 1.0] if self.searches and self.step else rates
         self.has_grown = False
@@ -247,8 +248,7 @@ class Run:
         statistics = {name: float(sums.pop(name)) for name in MEASURED if name in sums}
         left_out = update.batch_size - sums['count']
         self.host.window = metrics.add_sums(self.host.window, {**sums, 'left_out': left_out})
-        in_a_row = self.host.counts['undecoded_in_a_row'] + update.batch_size
-        undecoded = 0 if sums['count'] else in_a_row
+        undecoded = 0 if sums['count'] else self.host.counts['undecoded_in_a_row'] + update.batch_size
         self.host.counts['undecoded_in_a_row'] = undecoded
         if 0 < undecoded < self.clock.num_examples:  # else there is something to learn, or a mistake
             return

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,12 +21,16 @@ class Stream:
     """The steps and batches of one batch size.
 
     Attributes:
-      steps: compiled train steps by the number of updates that they make; one update is always there.
+      train_spec: see ``Experiment``.
+      batch_size: of the stage.
+      steps: compiled train steps by the number of updates that they make.
       take: the batch of an update, or those of several as their step takes them. The updates of a
         stream are taken in their order.
       snapshot: takes the snapshot that an update goes by, unless that was done; None without any.
     """
 
+    train_spec: Callable[[int, int], steps.StepSpec]
+    batch_size: int
     steps: dict[int, steps.CompiledStep]
     take: Callable[[Sequence[Update]], Any]
     snapshot: 'Snapshotter | None' = None
@@ -42,10 +47,15 @@ class Stream:
             scalars = tuple(x[0] for x in scalars)
         return self.steps[len(updates)](state, batch, *distributed.put_everywhere(scalars))
 
+    def compile(self, count: int) -> float:
+        """Waits for the step that makes a number of updates; seconds of compiling it."""
+        self.steps[count] = steps.CACHE.get(self.train_spec(self.batch_size, count))
+        return self.steps[count].compile_seconds
+
     @property
     def waited(self) -> float:
         """Seconds that the devices waited for parts of the last batch, where it came in parts."""
-        return getattr(self.steps[1].executable, 'waited', 0.0)
+        return sum(getattr(step.executable, 'waited', 0.0) for step in self.steps.values())
 
     @property
     def compile_seconds(self) -> float:
@@ -94,7 +104,7 @@ class EffectiveRates:
     That is a computation of its own, which on a CPU would wait for the update in flight.
     """
 
-    AHEAD = 256  # updates
+    AHEAD = 32  # updates; more would hold the devices up where the host computes them more slowly
 
     def __init__(self, clock: Clock, rate: LearningRate):
         self._clock, self._rate = clock, rate
@@ -163,9 +173,10 @@ def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:
     """The stream of the stage that begins with an update; its first batches are on the devices."""
     specs = experiment.train_specs(update.batch_size)
     compiled = {count: steps.CACHE.get(spec) for count, spec in specs.items()}
+    stream = functools.partial(Stream, experiment.train_spec, update.batch_size, compiled)
     if experiment.load:
         snapshot = Snapshotter(experiment, pipeline, update.batch_size) if experiment.snapshots else None
-        return Stream(compiled, pipeline.take, snapshot)
+        return stream(pipeline.take, snapshot)
     num_parts = specs[1].num_parts
     batches = distributed.put_ahead(
         {'image': batch['image'], 'label': batch['label']}
@@ -173,8 +184,8 @@ def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:
     )
     batches = itertools.chain([next(batches)], batches)
     if num_parts > 1:  # one after the other: a batch is an iterator of its parts
-        return Stream(compiled, lambda _: itertools.islice(batches, num_parts))
-    return Stream(compiled, lambda _: next(batches))
+        return stream(lambda _: itertools.islice(batches, num_parts))
+    return stream(lambda _: next(batches))
 
 
 class Streams:

@@ -85,8 +85,7 @@ class Bench:
     """
 
     def __init__(self, experiment: Experiment, batch_size: int, pipeline=None):
-        specs = experiment.train_specs(batch_size)
-        count, spec = next(iter(specs.items()))
+        count, spec = next(iter(experiment.train_specs(batch_size).items()))
         with compilation_cache.empty(distributed.is_shared):
             self.cold, self.step = steps.compile_step(spec), steps.compile_step(spec)
         self.batch_size, self.num_updates = batch_size, count
@@ -94,7 +93,7 @@ class Bench:
         self.seconds: dict[str, list[float]] = {}
         self.calls: dict[str, int] = {}
         # A batch that comes in parts goes forward and backward part by part.
-        num_parts, one = spec.num_parts, specs[1]
+        num_parts, one = spec.num_parts, experiment.train_spec(batch_size)
         one = dataclasses.replace(
             one,
             num_parts=1,

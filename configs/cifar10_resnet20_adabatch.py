@@ -22,7 +22,6 @@ def get_config():
     config.dataset.name = 'cifar10'
     config.dataset.augment = 'pad_crop_flip'
     config.dataset.crop_padding = 4
-    config.dataset.eval_batch_size = 125  # what a CPU's caches hold
     config.dataset.remainder = 'drop'
     config.batch.policy = 'adabatch'
     config.batch.base_size = 128

@@ -52,8 +52,11 @@ ALLOWED = {
     'host_state': set(),
     'workdir': {'config', 'checkpoint', 'experiment', 'metrics', 'policies', 'schedules'},
     'experiment': {
-        'config', 'distributed', 'input_pipeline', 'models', 'optimizers', 'policies', 'schedules',
-        'steps', 'train_state', 'variance_reduction',
+        'config', 'distributed', 'input_pipeline', 'models', 'optimizers', 'policies', 'reducing',
+        'schedules', 'steps', 'train_state', 'variance_reduction',
+    },
+    'reducing': {
+        'config', 'input_pipeline', 'models', 'optimizers', 'schedules', 'variance_reduction',
     },
     'gradient_statistics': set(),
     'line_search': {'gradient_statistics'},

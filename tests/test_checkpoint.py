@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +71,40 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path):
     before = files(tmp_path)
     assert save(tmp_path, 0.7) == []
     assert files(tmp_path) == before
+
+
+def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_again(
+    tmp_path, monkeypatch
+):
+    may_end, finish = threading.Event(), checkpoint.Checkpointer._finish
+
+    def finish_late(*args):
+        may_end.wait()
+        finish(*args)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, '_finish', finish_late)
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(1, STATE, {}, 0.5)
+    again = threading.Thread(target=saver.save, args=(1, STATE, {}, 0.5), daemon=True)
+    again.start()
+    again.join(60)
+    has_returned = not again.is_alive()
+    may_end.set()
+    saver.close()
+    assert has_returned and checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_state_whose_save_failed_is_saved_when_it_is_due_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, '_write_manifest', lambda path: os.stat(path / 'missing'))
+    lines = []
+    saver = checkpoint.Checkpointer(tmp_path, lines.append)
+    saver.save(1, STATE, {})
+    with pytest.raises(checkpoint.SaveFailed):
+        saver.wait()
+    monkeypatch.undo()
+    saver.save(1, STATE, {})
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [1] and len(lines) == 1
 
 
 def truncate(file):

@@ -158,6 +158,46 @@ def test_a_dispatch_is_no_longer_than_what_lies_between_two_pauses(monkeypatch):
     assert [parts.updates_per_dispatch(size) for size in (8, 64, 4096)] == [375, 46, 1]
 
 
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        # An epoch of 50,000 is 390, 195, 97, 48 and 24 updates.
+        ({}, {128: [30], 256: [15], 512: [7, 1], 1024: [4], 2048: [2]}),
+        ({'checkpoint_every_epochs': 0.5}, {128: [27, 1], 256: [13, 1], 512: [8, 1]}),
+        ({'dataset.remainder': 'carry'}, {128: [30, 1], 256: [15, 1]}),
+        (
+            {'batch.growth_epochs': 0.05, 'num_epochs': 1.0},
+            {128: [1], 256: [1], 512: [1], 1024: [1]},
+        ),
+        ({'optimizer.name': 'svrg'}, {128: [30, 1]}),  # snapshots come in between
+        ({'batch.policy': 'noise_scale'}, {128: [1]}),
+    ],
+)
+def test_a_stage_waits_for_no_step_that_its_pauses_do_not_ask_for(changes, expected, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    base = {'dataset.num_examples': 50_000, 'dataset.remainder': 'drop', 'num_epochs': 100.0}
+    base |= {'eval_every_epochs': 1.0, 'checkpoint_every_epochs': 1.0, 'batch.base_size': 128}
+    base |= {'batch.max_size': 2048, 'batch.growth_epochs': 20.0}
+    parts = experiment.describe(resolve(tiny(**base | changes)))
+    assert {size: list(parts.train_specs(size)) for size in expected} == expected
+
+
+def test_an_update_that_was_not_expected_gets_its_step_when_it_comes(whole, tmp_path, monkeypatch):
+    original = experiment.Experiment.train_specs
+
+    def largest(self, batch_size):
+        specs = original(self, batch_size)
+        return {max(specs): specs[max(specs)]}
+
+    steps.CACHE.clear()
+    monkeypatch.setattr(experiment.Experiment, 'train_specs', largest)
+    summary = train.train(tiny(**SEVERAL), tmp_path)
+    assert summary['params_digest'] == whole['several'][1]['params_digest']
+    entered = of_kind(tmp_path, 'stage')
+    assert summary['compile_seconds'] > sum(record['compile_seconds'] for record in entered)
+    assert {record['updates_per_dispatch'] for record in entered} == {4}
+
+
 @pytest.mark.parametrize('several', [1, 2, 4])
 def test_the_skipped_rest_of_an_epoch_ends_with_its_evaluation(tmp_path, several):
     changes = {

@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import json
+import math
+import types
 import weakref
 
 import jax
@@ -124,6 +126,29 @@ def test_memory_is_that_of_the_compiled_step_and_falls_with_the_microbatch():
     assert memory.step_bytes(whole) == steps.CACHE.get(whole).memory_bytes
     assert memory.step_bytes(whole) > memory.step_bytes(split) > 0
     assert 2**30 < memory.device_bytes() < 2**50
+
+
+def test_an_accelerator_that_does_not_tell_its_memory_asks_for_a_microbatch(monkeypatch):
+    gpu = types.SimpleNamespace(platform='gpu', device_kind='Some GPU', memory_stats=lambda: None)
+    monkeypatch.setattr(jax, 'local_devices', lambda: [gpu])
+    with pytest.raises(ConfigError, match='max_per_device: got 0, and the Some GPU does not tell'):
+        memory.device_bytes()
+
+
+def test_no_step_is_compiled_whose_microbatch_is_larger_than_what_a_device_is_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps.CACHE, 'precompile', asked.append)
+    config = make_config(**{'batch.base_size': 16})
+    size = math.prod(describe(resolve(config)).info.image_shape)
+    for given, first_as_well in ((32, True), (8, True), (4, False)):  # a device's share is 8 and 32
+        asked.clear()
+        monkeypatch.setattr(experiment, 'PART_BYTES', given * size)
+        described = describe(resolve(config))
+        described.begin_compiling()
+        assert all(
+            spec.batch_size // jax.device_count() // spec.num_microbatches <= given for spec in asked
+        )
+        assert [spec.batch_size for spec in asked] == [64] + [16] * first_as_well
 
 
 class Failing:

@@ -375,7 +375,7 @@ def test_moments_that_overflow_count_as_not_finite_though_the_weights_are(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.opt_state))
 
 
-def test_on_the_cpu_values_are_looked_at_once_however_many_arrays_there_are():
+def test_values_are_looked_at_once_however_many_arrays_there_are():
     arrays = [np.zeros(k) for k in range(1, 9)]
     program = jax.jit(pure._all_finite).lower(arrays).compile().as_text()
     assert program.count(' is-finite(') == 1

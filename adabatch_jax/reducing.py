@@ -1,0 +1,97 @@
+"""An experiment whose optimizer reduces the variance of its gradients: what that asks for and adds."""
+
+import dataclasses
+import functools
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax import input_pipeline, models, optimizers, schedules, variance_reduction
+from adabatch_jax.config import ConfigError, flatten, user_errors
+
+
+def reduced(experiment):
+    """An ``Experiment`` with what takes noise out of its gradients, as ``config.optimizer`` says.
+
+    Raises:
+      ConfigError: what variance reduction does not go with.
+    """
+    config, info = experiment.config, experiment.info
+    name, svrg, saga = config.optimizer.name, config.optimizer.svrg, config.optimizer.saga
+    if config.learning_rate.rule != 'schedule':
+        raise ConfigError(
+            f'config.learning_rate.rule: got {config.learning_rate.rule!r}; accepted with optimizer '
+            f'{name!r}: schedule'
+        )
+    if name in optimizers.SAGA:
+        for key, accepted in (('model.name', 'linear'), ('dataset.augment', 'none')):
+            if (got := flatten(config)[key]) != accepted:
+                raise ConfigError(
+                    f'config.{key}: got {got!r}; accepted with optimizer {name!r}: {accepted} (it keeps '
+                    'a number of each example and class)'
+                )
+        first = saga.first_size or 2 * math.prod(info.image_shape)
+        first = min(first, info.num_train) if name == 'dynasaga' else info.num_train
+        examples_at = functools.partial(
+            input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
+        )
+        note = f'{experiment.note} Sample: {first:,} examples at first.'.strip()
+        reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
+        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at, note=note)
+    model, estimator = experiment.model, None
+    if experiment.has_batch_norm:
+        model, estimator = _frozen(model, info.image_shape), model
+    reduction = variance_reduction.Svrg(
+        info.num_train, svrg.mixed, svrg.skip_zeros, estimator, models.MOMENTUM
+    )
+    lowest = config.batch.base_size
+    snapshots = variance_reduction.Snapshots(
+        info.num_train,
+        svrg.snapshot_passes,
+        svrg.first_size or info.num_train,
+        svrg.growth_factor,
+        svrg.error_decay,
+        schedules.ladder(lowest, config.batch.growth_factor, max(lowest, info.num_train)),
+    )
+    total = experiment.clock.total_examples
+    with user_errors('config.optimizer.svrg'):
+        last = snapshots.number(total - 1)
+        if last >= variance_reduction.MOST_SNAPSHOTS:
+            raise ValueError(
+                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; '
+                f'accepted: what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
+            )
+    sizes = [snapshots.size(number) for number in range(last + 1)]
+    note = (
+        f'{experiment.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
+        f'{2 * total + sum(sizes):,} gradients of examples at most.'
+    ).strip()
+    return dataclasses.replace(
+        experiment, model=model, reduction=reduction, snapshots=snapshots, note=note
+    )
+
+
+def _frozen(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The model with running statistics in training too.
+
+    Raises:
+      ConfigError: one that moves them all the same.
+    """
+    frozen = model.clone(batch_norm='frozen')
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def check(key, images):
+        variables = frozen.init(key, images, train=False)
+        return frozen.apply(variables, images, train=True, rngs={'dropout': key})
+
+    try:
+        jax.eval_shape(check, jax.random.key(0), images)
+    except flax.errors.ModifyScopeVariableError as error:
+        raise ConfigError(
+            f"config.model.name: got a {type(model).__name__}; accepted with optimizer 'svrg': models "
+            "whose BatchNorm leaves its running statistics alone with batch_norm='frozen'"
+        ) from error
+    return frozen
