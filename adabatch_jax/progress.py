@@ -97,7 +97,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *_):
-        self._bar.stop()
+        if not self._bar.disable:  # or it prints an empty line, with rich before 14.3
+            self._bar.stop()
 
     def update(self, examples_seen: int, paused_seconds: float, **fields: Any) -> None:
         """Shows where a run is.

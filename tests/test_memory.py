@@ -1,9 +1,11 @@
 """The search for the largest microbatch, and going on after running out of memory."""
 
+import concurrent.futures
 import dataclasses
 import gc
 import json
 import math
+import pathlib
 import types
 import weakref
 
@@ -133,6 +135,27 @@ def test_an_accelerator_that_does_not_tell_its_memory_asks_for_a_microbatch(monk
     monkeypatch.setattr(jax, 'local_devices', lambda: [gpu])
     with pytest.raises(ConfigError, match='max_per_device: got 0, and the Some GPU does not tell'):
         memory.device_bytes()
+
+
+def test_devices_share_what_a_container_allows(monkeypatch):
+    limits = {'memory.max': '1001\n', 'memory.limit_in_bytes': 'max\n'}
+    monkeypatch.setattr(pathlib.Path, 'read_text', lambda path: limits[path.name])
+    assert memory.device_bytes() == 1001 // jax.local_device_count()
+
+
+def test_a_step_that_cannot_be_compiled_for_want_of_memory_is_too_large_and_other_failures_are_loud(
+    monkeypatch,
+):
+    def fails_with(message):
+        compiled = concurrent.futures.Future()
+        compiled.set_exception(jax.errors.JaxRuntimeError(message))
+        monkeypatch.setattr(steps.CACHE, 'precompile', lambda spec: compiled)
+
+    fails_with('RESOURCE_EXHAUSTED: out of memory')
+    assert memory.step_bytes(None) == float('inf')
+    fails_with('INTERNAL: something else')
+    with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+        memory.step_bytes(None)
 
 
 def test_no_step_is_compiled_whose_microbatch_is_larger_than_what_a_device_is_given(monkeypatch):

@@ -215,3 +215,23 @@ def test_one_device_needs_to_be_told_of_the_network(monkeypatch):
     values(['benchmark', '--scaling', '--latency_us=5', '--gigabytes_per_second=10'])
     network, seconds = benchmark.network(values, 1000)
     assert network == scaling.Network(pytest.approx(5e-6), pytest.approx(1e-10)) and not seconds
+
+
+def test_the_largest_share_of_a_batch_decides_how_long_an_update_takes():
+    assert model(fixed=0.0).update(10, 4) == pytest.approx(0.3)  # shares of 3, 3, 2 and 2
+
+
+def test_less_than_twice_the_devices_have_less_to_gain():
+    found = scaling.Model(0, scaling.Network(0.0, 0.0), ((2, 1.1), (3, 1.2), (6, 2.0)))
+    # 2 devices are 2.0 / 1.2 = 1.67 times as fast as 1, and 3 are 1.2 / 1.1 = 1.09 times as fast as 2.
+    assert found.worthwhile(6, 3) == 2 and found.worthwhile(6, 6) == 2
+
+
+def test_where_devices_do_not_pay_off_a_prediction_for_those_that_do_is_that_of_one():
+    fixed, adaptive = plans()
+    one, many = scaling.predictions(model(network=(1e3, 0.0)), fixed, adaptive, [1, 16])
+    assert many['worthwhile'] == one['worthwhile'] == one['adaptive'] < many['adaptive']
+
+
+def test_computation_is_a_tenth_of_what_was_timed_at_least():
+    assert scaling.computation(2, {8: 1.0}, scaling.Network(10.0, 0.0), 1000) == ((4, 0.1),)

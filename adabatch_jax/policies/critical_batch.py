@@ -29,7 +29,6 @@ class CriticalBatch(StatisticalPolicy):
 
     statistics = ''
     may_shrink = False
-    rounds_up = True
 
     def __init__(self, config, rate: LearningRate, clock: Clock):
         super().__init__(config, rate, clock)

@@ -65,7 +65,7 @@ class Clock:
     def passes(self, every_epochs: float, before: int, after: int) -> bool:
         """Whether a multiple of an interval of epochs lies between two positions, or on the latter."""
         # The decimal number that was written, not the nearest binary one: ten tenths are a whole.
-        interval = max(1, Fraction(str(every_epochs)) * self.num_examples)
+        interval = Fraction(str(every_epochs)) * self.num_examples
         return after // interval > before // interval
 
     def multiples(self, every_epochs: float, name: str) -> tuple[int, ...]:
