@@ -150,12 +150,14 @@ class Experiment:
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
         first stage, unless they wait for that.
         """
-        size, likely = self.policy.transitions[0].batch_size, self.in_parts()
+        first, largest = self.policy.transitions[0].batch_size, self.plan.ladder[-1]
+        specs = self.stage_specs(first)
         if not self.plan.max_per_device:
-            steps.CACHE.precompile(likely.train_spec(self.plan.ladder[-1]))
-        if likely.plan.split(size) != self.plan.split(size):  # the largest decides about this one too
-            return
-        for spec in self.stage_specs(size):
+            likely = self.in_parts()
+            if likely.plan.split(first) != self.plan.split(first):
+                specs = []
+            specs = [likely.train_spec(largest), *specs]
+        for spec in specs:
             steps.CACHE.precompile(spec)
 
     def stage_after(self, update: schedules.Update) -> schedules.Update | None:
@@ -225,14 +227,12 @@ class Experiment:
     @property
     def eval_spec(self) -> steps.StepSpec:
         """The evaluation step; its batches are of equal size, rounded up to the devices."""
-        devices, of_device = jax.device_count(), CPU_EVALUATES
+        devices, num_eval, of_device = jax.device_count(), self.info.num_eval, CPU_EVALUATES
         if jax.default_backend() != 'cpu':
             of_device = math.ceil(EVALUATED_BYTES / math.prod(self.info.image_shape))
             of_device = min(of_device, DISPATCH_EXAMPLES)
-        num_batches = math.ceil(
-            self.info.num_eval / (self.config.dataset.eval_batch_size or of_device * devices)
-        )
-        size = math.ceil(self.info.num_eval / num_batches / devices) * devices
+        num_batches = math.ceil(num_eval / (self.config.dataset.eval_batch_size or of_device * devices))
+        size = math.ceil(num_eval / num_batches / devices) * devices
         return self._step(batch_size=size, train=False)
 
     def _step(self, **of_batch_size: Any) -> steps.StepSpec:

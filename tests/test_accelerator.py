@@ -72,6 +72,25 @@ def test_a_run_with_the_defaults_of_an_accelerator_is_that_of_the_cpu_up_to_roun
         np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(a).max())
 
 
+@pytest.mark.parametrize(
+    'name, side, asked, expected',
+    [
+        ('cpu', 32, 0, 250),  # 125 on each of two devices
+        ('gpu', 32, 0, 5000),  # 2 x 4,096 would leave a batch that is hardly filled
+        ('gpu', 224, 0, 834),  # 2 x 446 images of 150,528 bytes in 64 MiB: 12 batches
+        ('gpu', 32, 3000, 2500),
+        ('gpu', 32, 20_000, 10_000),
+    ],
+)
+def test_evaluation_takes_equal_batches_of_what_the_devices_are_good_for(
+    backend, name, side, asked, expected
+):
+    backend(name)
+    changes = {'dataset.num_examples': 10_000, 'dataset.image_size': side}
+    parts = experiment.describe(resolve(tiny(**changes | {'dataset.eval_batch_size': asked})))
+    assert parts.eval_spec.batch_size == expected
+
+
 @pytest.mark.parametrize('padding', [0, 1, 4])
 def test_every_backend_cuts_the_windows_that_numpy_does(backend, padding):
     rng, count = np.random.default_rng(0), 40
