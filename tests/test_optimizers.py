@@ -1,5 +1,7 @@
 """Optimizers against worked examples and their definitions."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -71,3 +73,20 @@ def test_every_optimizer_descends_with_the_rate_that_is_set(name):
 def test_equal_arguments_give_the_same_object():
     assert optimizers.create('sgd', momentum=0.9) is optimizers.create('sgd', momentum=0.9)
     assert optimizers.create('sgd', momentum=0.9) is not optimizers.create('sgd', momentum=0.8)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('decayed', optimizers.DECAYED)
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_leaves_weights_that_are_not(name, decayed, value):
+    """So that a train step need not look at gradients to find it out."""
+    optimizer = optimizers.create(name, weight_decay=0.1, decayed=decayed)
+    params = {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}
+    grads, begun = optax.tree.ones_like(params), optimizer.init(params)
+    _, later = optimizer.update(grads, begun, params)
+    for place in ('kernel', 'bias'):
+        bad = {**grads, place: grads[place].at[..., -1].set(value)}
+        for state, given in itertools.product((begun, later), (grads, bad)):
+            updates, _ = optimizer.update(given, state, params)
+            changed = optax.apply_updates(params, updates)
+            assert all(np.isfinite(x).all() for x in changed.values()) == (given is grads), place

@@ -53,10 +53,10 @@ def train_step(
 
     Returns:
       The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch, and
-      ``non_finite``: 1 where the loss, the gradient or the new weights are not finite, else 0; with
-      ``spec.statistics`` also ``variance`` and ``squared_gradient`` as in ``gradient_statistics``, and
-      for inner products ``variance_along`` and ``squared_norm``; and ``learning_rate`` where that was
-      searched for.
+      ``non_finite``: 1 where the loss or the new weights are not finite, as they are where the gradient
+      is not, else 0; with ``spec.statistics`` also ``variance`` and ``squared_gradient`` as in
+      ``gradient_statistics``, and for inner products ``variance_along`` and ``squared_norm``; and
+      ``learning_rate`` where that was searched for.
     """
     totals, found = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
     reduction = spec.reduction and spec.reduction.after(state.reduction, found, AXIS_NAME)
@@ -261,7 +261,7 @@ def apply_gradients(
         opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
         updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    finite = _all_finite((sums['loss'], grads, params, batch_stats, _moments(opt_state)))
+    finite = _all_finite((sums['loss'], params, batch_stats, _moments(opt_state)))
     new = {
         'params': params,
         'batch_stats': batch_stats,
