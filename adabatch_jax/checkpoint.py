@@ -105,7 +105,7 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:
             self._fail(step, error)
             return
-        self._saved, self._saving, self._error = step, None, None
+        self._saved, self._error = step, None
         with contextlib.suppress(OSError):  # one too many is tried again with the next
             self._remove_old()
         self._clear()

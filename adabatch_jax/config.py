@@ -64,7 +64,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Where batches are made: tf_data, on the host; device, inside the compiled step, of data that lives
     # on every device; auto: device for small data on an accelerator, or without TensorFlow.
     dataset.pipeline = 'auto'
-    # Examples at once over all devices, at most; the last batch is padded; 0: what suits the devices.
+    # Examples at once, at most (but for rounding up to the devices); 0: what suits the devices.
     dataset.eval_batch_size = 0
     dataset.num_examples = 1024  # synthetic only: examples a split
     dataset.num_classes = 0  # 0: as many as the data has (synthetic: 10); else it must have as many

@@ -1,6 +1,7 @@
 """What a config describes: data, clock, policy, plan, model and optimizer, before anything runs."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +27,12 @@ from adabatch_jax.config import ConfigError, user_errors
 
 # Examples that a dispatch is filled up with on an accelerator, by several updates with small batches.
 DISPATCH_EXAMPLES = 4096
-# Images that a device evaluates at once: on a CPU what its caches hold, else of so many bytes at most.
+# Stretches from one pause to the next, by which it is told how many updates are made at once.
+LOOKED_AT = 1000
+# Images that a device evaluates at once: on a CPU what its caches hold, else as many as a dispatch has,
+# of so many bytes at most.
 CPU_EVALUATES = 125
-EVALUATED_BYTES = 2**26
+EVALUATED_BYTES = 2**24
 # Images that one device is given at once; host and devices hold several such parts of a batch.
 PART_BYTES = 2**28
 SEARCHED = (
@@ -109,31 +113,38 @@ class Experiment:
         if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
             return max(1, min(config.compile.updates_per_dispatch, self.plan.num_updates))
         most = max(1, DISPATCH_EXAMPLES // batch_size)
-        between, _ = self._updates_between_pauses(batch_size)
+        every, n = min(self._pauses_every), self.info.num_train
+        examples = self.clock.examples(every)
+        between = examples // batch_size  # from one pause to the next, or one more
+        if self.clock.remainder == 'drop':
+            between = examples // n * (n // batch_size) + examples % n // batch_size
+        between = max(1, between)
         return between // math.ceil(between / most)  # in as few dispatches, of equal length
 
-    def _updates_between_pauses(self, batch_size: int) -> tuple[int, bool]:
-        """The fewest from a pause of the run to the next, and whether they are always as many."""
-        config = self.config
-        every = min(config.eval_every_epochs, config.checkpoint_every_epochs, config.num_epochs)
-        examples = self.clock.examples(every)
-        count, _ = self.clock.updates_before(0, examples, batch_size)
-        drops = self.clock.remainder == 'drop' and float(every).is_integer()
-        return max(1, min(count, examples // batch_size)), drops or examples % batch_size == 0
+    @property
+    def _pauses_every(self) -> tuple[float, float]:
+        return self.config.eval_every_epochs, self.config.checkpoint_every_epochs
 
     def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
-        """The train steps that a stage is expected to need, by the number of updates that they make.
+        """The train steps that a batch size should need, by the number of updates that they make.
 
         A single update is made where those left before a pause are too few. What will not be used is
         not here, since the stages wait for it to be compiled; what is used all the same can be later.
         """
         count = self.updates_per_dispatch(batch_size)
-        stretches = [s.num_updates for s in self.plan.stages if s.batch_size == batch_size]
-        if stretches and max(stretches) < count:
-            return {1: self.train_spec(batch_size)}
-        between, is_even = self._updates_between_pauses(batch_size)
-        is_even &= self.snapshots is None and not any(n % count for n in (*stretches, between))
-        return {n: self.train_spec(batch_size, n) for n in ([count] if is_even else [count, 1])}
+        stretches = itertools.chain.from_iterable(
+            self.clock.stretches(stage.start, stage.end, batch_size, self._pauses_every)
+            for stage in self.plan.stages
+            if stage.batch_size == batch_size and count > 1
+        )
+        counts = set() if self.snapshots is None else {count, 1}
+        for updates in itertools.islice(stretches, LOOKED_AT):
+            if updates >= count:
+                counts.add(count)
+            if updates % count:
+                counts.add(1)
+        counts = counts or {count, 1}
+        return {n: self.train_spec(batch_size, n) for n in sorted(counts, reverse=True)}
 
     def snapshot_spec(self, batch_size: int) -> steps.StepSpec:
         """The step that makes snapshots for variance reduction from parts of a stage's batch size."""
@@ -229,7 +240,7 @@ class Experiment:
         """The evaluation step; its batches are of equal size, rounded up to the devices."""
         devices, num_eval, of_device = jax.device_count(), self.info.num_eval, CPU_EVALUATES
         if jax.default_backend() != 'cpu':
-            of_device = math.ceil(EVALUATED_BYTES / math.prod(self.info.image_shape))
+            of_device = max(1, EVALUATED_BYTES // math.prod(self.info.image_shape))
             of_device = min(of_device, DISPATCH_EXAMPLES)
         num_batches = math.ceil(num_eval / (self.config.dataset.eval_batch_size or of_device * devices))
         size = math.ceil(num_eval / num_batches / devices) * devices

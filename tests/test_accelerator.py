@@ -77,7 +77,7 @@ def test_a_run_with_the_defaults_of_an_accelerator_is_that_of_the_cpu_up_to_roun
     [
         ('cpu', 32, 0, 250),  # 125 on each of two devices
         ('gpu', 32, 0, 5000),  # 2 x 4,096 would leave a batch that is hardly filled
-        ('gpu', 224, 0, 834),  # 2 x 446 images of 150,528 bytes in 64 MiB: 12 batches
+        ('gpu', 224, 0, 218),  # 2 x 111 images of 150,528 bytes in 16 MiB: 46 batches
         ('gpu', 32, 3000, 2500),
         ('gpu', 32, 20_000, 10_000),
     ],

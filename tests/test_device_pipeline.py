@@ -165,6 +165,11 @@ def test_a_dispatch_is_no_longer_than_what_lies_between_two_pauses(monkeypatch):
         ({}, {128: [30], 256: [15], 512: [7, 1], 1024: [4], 2048: [2]}),
         ({'checkpoint_every_epochs': 0.5}, {128: [27, 1], 256: [13, 1], 512: [8, 1]}),
         ({'dataset.remainder': 'carry'}, {128: [30, 1], 256: [15, 1]}),
+        ({'checkpoint_every_epochs': 2.5}, {128: [30, 1], 256: [15, 1], 512: [7, 1]}),
+        ({'eval_every_epochs': 2.0, 'checkpoint_every_epochs': 1e9}, {128: [31, 1], 2048: [2]}),
+        ({'eval_every_epochs': 2.0, 'checkpoint_every_epochs': 2.0}, {128: [31, 1], 256: [15]}),
+        ({'eval_every_epochs': 1e-6}, {128: [1], 2048: [1]}),
+        ({'dataset.num_examples': 1000, 'batch.max_size': 512}, {2000: [1]}),  # for the benchmark only
         (
             {'batch.growth_epochs': 0.05, 'num_epochs': 1.0},
             {128: [1], 256: [1], 512: [1], 1024: [1]},
@@ -195,7 +200,7 @@ def test_an_update_that_was_not_expected_gets_its_step_when_it_comes(whole, tmp_
     assert summary['params_digest'] == whole['several'][1]['params_digest']
     entered = of_kind(tmp_path, 'stage')
     assert summary['compile_seconds'] > sum(record['compile_seconds'] for record in entered)
-    assert {record['updates_per_dispatch'] for record in entered} == {4}
+    assert [record['updates_per_dispatch'] for record in entered] == [4, 1, 1]
 
 
 @pytest.mark.parametrize('several', [1, 2, 4])

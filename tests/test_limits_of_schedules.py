@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from adabatch_jax import schedules
@@ -91,3 +92,24 @@ def test_a_stage_that_is_over_before_its_first_update_skips_nothing():
     transitions = [Transition(0, 2, ''), Transition(7, 5, ''), Transition(8, 2, '')]
     (stage,) = make_plan(Clock(10, 1, 'drop'), transitions, LearningRate(0.1)).stages
     assert (stage.start, stage.end, stage.num_updates) == (0, 10, 5)
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'drop'])
+def test_stretches_end_where_an_update_passes_a_multiple(remainder):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        clock = Clock(int(rng.integers(5, 300)), 5.0, remainder)
+        size = int(rng.integers(1, clock.num_examples + 1))
+        start, stop = sorted(map(int, rng.integers(0, clock.total_examples + 1, 2)))
+        every = [float(x) for x in rng.choice([1e-6, 0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 1e9], 2)]
+        expected, seen, count = [], start, 0
+        for update in clock.updates(start, size):  # one by one
+            if update.start >= stop:
+                break
+            count += 1
+            if any(clock.passes(interval, seen, update.end) for interval in every):
+                expected.append(count)
+                count = 0
+            seen = update.end
+        expected += [count] if count else []
+        assert list(clock.stretches(start, stop, size, every)) == expected

@@ -377,8 +377,17 @@ def test_moments_that_overflow_count_as_not_finite_though_the_weights_are(name):
 
 def test_values_are_looked_at_once_however_many_arrays_there_are():
     arrays = [np.zeros(k) for k in range(1, 9)]
-    program = jax.jit(pure._all_finite).lower(arrays).compile().as_text()
-    assert program.count(' is-finite(') == 1
+    lowered = jax.jit(pure._all_finite).lower(arrays)
+    assert lowered.compile().as_text().count(' is-finite(') == 1
+    assert lowered.as_text().count('optimization_barrier') == 1  # apart from what writes the weights
+
+
+def test_running_statistics_that_overflow_count_as_not_finite():
+    spec = make_spec(models.get_model('resnet8', 3))
+    state = make_state(spec)
+    huge = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), state.batch_stats)
+    _, sums = run_step(spec, state.replace(batch_stats=huge), make_batch())
+    assert np.isfinite(sums['loss']) and sums['non_finite'] == 1
 
 
 def test_learning_rate_enters_through_the_optimizers_hyperparameter():

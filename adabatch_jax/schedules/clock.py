@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
 REMAINDERS = ('carry', 'drop')
@@ -64,9 +64,12 @@ class Clock:
 
     def passes(self, every_epochs: float, before: int, after: int) -> bool:
         """Whether a multiple of an interval of epochs lies between two positions, or on the latter."""
-        # The decimal number that was written, not the nearest binary one: ten tenths are a whole.
-        interval = Fraction(str(every_epochs)) * self.num_examples
+        interval = self._interval(every_epochs)
         return after // interval > before // interval
+
+    def _interval(self, every_epochs: float) -> Fraction:
+        # The decimal number that was written, not the nearest binary one: ten tenths are a whole.
+        return Fraction(str(every_epochs)) * self.num_examples
 
     def multiples(self, every_epochs: float, name: str) -> tuple[int, ...]:
         """The positions, inside the run, at whole multiples of an interval of epochs.
@@ -123,6 +126,27 @@ class Clock:
             last = self.update_at(update.start + (here - 1) * batch_size, batch_size)
             examples_seen = last.end
         return count, last
+
+    def stretches(
+        self, start: int, stop: int, batch_size: int, every_epochs: Iterable[float]
+    ) -> Iterator[int]:
+        """How many updates come one after the other until a multiple of an interval has passed.
+
+        Args:
+          start: where the first of them begins.
+          stop: where no more begin.
+          batch_size: of all of them.
+          every_epochs: the intervals.
+
+        Yields:
+          Each such number; their sum is the number of updates that begin before ``stop``.
+        """
+        intervals = [self._interval(every) for every in every_epochs]
+        while (first := self.update_at(start, batch_size)).start < stop:
+            multiple = min(math.ceil((start // interval + 1) * interval) for interval in intervals)
+            count, last = self.updates_before(start, min(multiple, stop), batch_size)
+            yield count or 1  # the multiple was skipped, and passes with the first
+            start = (last or first).end
 
 
 def next_update(clock: Clock, examples_seen: int, decide: Callable[[int], int]) -> Update | None:

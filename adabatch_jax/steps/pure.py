@@ -53,10 +53,10 @@ def train_step(
 
     Returns:
       The new state and the sums ``loss``, ``correct`` and ``count`` over the global batch, and
-      ``non_finite``: 1 where the loss or the new weights are not finite, as they are where the gradient
-      is not, else 0; with ``spec.statistics`` also ``variance`` and ``squared_gradient`` as in
-      ``gradient_statistics``, and for inner products ``variance_along`` and ``squared_norm``; and
-      ``learning_rate`` where that was searched for.
+      ``non_finite``: 1 where the loss or the new weights are not finite, which with the optimizers of
+      ``optimizers`` tells of gradients too, else 0; with ``spec.statistics`` also ``variance`` and
+      ``squared_gradient`` as in ``gradient_statistics``, and for inner products ``variance_along`` and
+      ``squared_norm``; and ``learning_rate`` where that was searched for.
     """
     totals, found = accumulate(spec, state, zero_totals(spec, state), batch, jnp.int32(0))
     reduction = spec.reduction and spec.reduction.after(state.reduction, found, AXIS_NAME)
@@ -364,7 +364,7 @@ def _moments(opt_state: Any) -> list[Any]:
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    """Whether all floating-point numbers are, in few operations.
+    """Whether all floating-point numbers are, in few operations, at the memory of a copy.
 
     A check for each array would take a tenth of a model's compilation, and on a GPU many of the kernels
     that a small update consists of, which could not write weights in place where a check reads them too.
