@@ -78,6 +78,37 @@ def test_second_derivatives_are_those_of_the_plain_operation(
         np.testing.assert_allclose(got, plain, atol=1e-5 * np.abs(plain).max())
 
 
+@pytest.mark.parametrize(
+    'kernel, stride, padding, channels, features, columns',
+    [
+        (3, 1, 1, 3, 16, 4),
+        (3, 1, 1, 16, 16, 4),
+        (3, 1, 1, 24, 32, 2),
+        (5, 1, 2, 8, 8, 8),
+        (11, 1, 5, 16, 12, 4),  # reaches over two times four columns
+        (3, 1, 1, 16, 33, 1),  # many channels
+        (3, 1, 1, 5, 5, 1),  # 12 columns of 16 at once leave a rest
+        (3, 1, 0, 16, 16, 1),  # the output has other columns
+        (3, 2, 1, 16, 16, 1),
+        (1, 1, 0, 16, 16, 1),
+    ],
+)
+def test_a_gpu_takes_columns_of_few_channels_for_one_and_computes_the_same(
+    kernel, stride, padding, channels, features, columns, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 12, 16, channels)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, channels, features)), jnp.float32)
+    plain = with_gradients(conv._convolve, x, w, stride, padding)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    program = jax.make_jaxpr(lambda x, w: conv._convolve(x, w, (stride, stride), padding))(x, w)
+    seen = [e.invars[0].aval.shape for e in program.eqns if e.primitive is lax.conv_general_dilated_p]
+    assert seen == [(5, 12, 16 // columns, channels * columns)]
+    for got, expected in zip(with_gradients(conv._convolve, x, w, stride, padding), plain, strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
 def test_layer_is_flax_convolution_with_the_same_parameters():
     x = jax.random.normal(jax.random.PRNGKey(1), (2, 9, 9, 3))
     ours = conv.Conv(5, (3, 3), (2, 2), padding=1)

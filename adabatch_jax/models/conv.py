@@ -26,7 +26,16 @@ is written as something that it does:
                       to all of its output; where few images are not worth making that, or it would be
                       large, one with all that the kernel sees at each place, side by side
 
-The same mathematics, summed in another order. On other backends this is ``nn.Conv``'s own operation.
+The same mathematics, summed in another order.
+
+On other backends this is ``nn.Conv``'s own operation, but for few channels on a GPU. There neighbouring
+columns are taken for one column with all of their channels, which moves nothing in memory,
+
+    images[batch, height, width, channels]  ->  x[batch, height, width / columns, columns * channels]
+
+and the kernel gets zeros where it does not reach from a column to another: the multiplications by zero
+that cuDNN did for the channels that were missing, for a fraction of the places. On an H200, in bfloat16,
+updates of ResNet-20 with 128 and 2,048 examples took 1.90 and 9.90 ms, and take 1.62 and 6.87.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +60,7 @@ _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
 _FEWEST_FOR_MATRIX = 64  # images
 _LARGEST_MATRIX = 16  # times the kernel
+_GPU_CHANNELS = 64  # that cuDNN's kernels for the H100 and H200 make at once; fewer take as long
 
 
 def in_groups() -> bool:
@@ -119,7 +129,28 @@ class Conv(nn.Module):
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: int) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * 2, dimension_numbers=_LAYOUT)
+    """Images ``[batch, height, width, channels]``."""
+    shape, pads = x.shape, [(padding, padding)] * 2
+    columns = _columns_at_once(shape, kernel.shape, strides, padding)
+    if columns > 1:
+        reach = -(-padding // columns)  # of the kernel, to either side
+        wide = 2 * reach + 1
+        of_columns = [
+            _fit(kernel, 1, columns * reach - padding + k, columns * wide) for k in range(columns)
+        ]
+        kernel = jnp.stack(of_columns, 3).reshape(len(kernel), wide, columns * shape[-1], -1)
+        x, pads[1] = x.reshape(*shape[:2], -1, columns * shape[-1]), (reach, reach)
+    y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
+    return y.reshape(*y.shape[:2], y.shape[2] * columns, -1)
+
+
+def _columns_at_once(images, kernel, strides, padding) -> int:
+    """Neighbouring columns that a GPU takes for one, from the shapes of images and kernel."""
+    _, width, *channels = kernel
+    columns = _GPU_CHANNELS // max(channels)
+    is_same = strides == (1, 1) and width == 2 * padding + 1
+    worthwhile = jax.default_backend() == 'gpu' and is_same and width > 1 and columns > 1
+    return columns if worthwhile and images[2] % columns == 0 else 1
 
 
 def _convolve_groups(x, kernel, strides, padding):
