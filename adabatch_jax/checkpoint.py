@@ -76,33 +76,27 @@ class Checkpointer:
         if step in (self._saving, self._saved):
             return  # a best state that is due as well: to wait for it would hold training up
         self._join()
+        # A copy: the buffers are given to the next update. All are fetched at once.
+        state = jax.tree.map(np.array, jax.device_get(state))
+        self._saving = step
+        self._finishing = self._executor.submit(self._write, step, state, {**host, 'accuracy': accuracy})
+
+    def _write(self, step: int, state: Any, host: dict[str, Any]) -> None:
         path = self._directory / UNFINISHED / str(step)
         try:
             if path.parent.exists():  # what a killed process left
                 shutil.rmtree(path.parent)
             path.parent.mkdir(parents=True)
             _check_room(path.parent, state)
-            state = jax.tree.map(np.array, state)  # a copy: the buffers are given to the next update
-            writer = ocp.AsyncCheckpointer(_handler(), multiprocessing_options=_ALONE)
-            host = {**host, 'accuracy': accuracy}
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host))
-            writer.save(path, args=args)
-        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
-            self._fail(step, error)
-            return
-        self._saving = step
-        self._finishing = self._executor.submit(self._finish, step, path, writer, state)
-
-    def _finish(self, step: int, path: pathlib.Path, writer, state: Any) -> None:
-        try:
-            with writer:
-                writer.wait_until_finished()
+            with _checkpointer() as writer:
+                writer.save(path, args=args)
             if tree_digest(_read(path)[0]) != tree_digest(state):
                 raise Damaged('what was read back is not what was written')
             _write_manifest(path)
             path.rename(self._directory / str(step))
             _sync(self._directory)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
             self._fail(step, error)
             return
         self._saved, self._error = step, None
@@ -293,16 +287,17 @@ def _like(target: Any, tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(target), [have[path] for path in _named(target)])
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(
+def _checkpointer() -> ocp.Checkpointer:
+    handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(multiprocessing_options=_ALONE),
         host=ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE),
         composite_options=ocp.CompositeOptions(multiprocessing_options=_ALONE),
     )
+    return ocp.Checkpointer(handler, multiprocessing_options=_ALONE)
 
 
 def _read(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    with ocp.Checkpointer(_handler(), multiprocessing_options=_ALONE) as reader:
+    with _checkpointer() as reader:
         saved = reader.metadata(path).item_metadata['state'].tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = ocp.args.PyTreeRestore(restore_args=as_numpy)

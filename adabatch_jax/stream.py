@@ -104,7 +104,7 @@ class EffectiveRates:
     That is a computation of its own, which on a CPU would wait for the update in flight.
     """
 
-    AHEAD = 32  # updates; more would hold the devices up where the host computes them more slowly
+    AHEAD = 32  # updates
 
     def __init__(self, clock: Clock, rate: LearningRate):
         self._clock, self._rate = clock, rate
@@ -115,9 +115,8 @@ class EffectiveRates:
         if update.start not in self._known:
             following = self._clock.updates(update.start, update.batch_size)
             starts = [u.start for u in itertools.islice(following, self.AHEAD)]
-            # One by one: together they may be rounded otherwise.
-            rates = (self._rate.effective_at(self._clock.epoch(start)) for start in starts)
-            self._known = dict(zip(starts, map(float, rates), strict=True))
+            rates = self._rate.effective_at([self._clock.epoch(start) for start in starts])
+            self._known = dict(zip(starts, rates.tolist(), strict=True))
         return self._known[update.start]
 
 

@@ -76,13 +76,13 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path):
 def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_again(
     tmp_path, monkeypatch
 ):
-    may_end, finish = threading.Event(), checkpoint.Checkpointer._finish
+    may_end, write = threading.Event(), checkpoint.Checkpointer._write
 
-    def finish_late(*args):
+    def write_late(*args):
         may_end.wait()
-        finish(*args)
+        write(*args)
 
-    monkeypatch.setattr(checkpoint.Checkpointer, '_finish', finish_late)
+    monkeypatch.setattr(checkpoint.Checkpointer, '_write', write_late)
     saver = checkpoint.Checkpointer(tmp_path)
     saver.save(1, STATE, {}, 0.5)
     again = threading.Thread(target=saver.save, args=(1, STATE, {}, 0.5), daemon=True)
@@ -184,7 +184,7 @@ def fail_with(number):
     return fail
 
 
-@pytest.mark.parametrize('where', ['_check_room', '_read', '_write_manifest', 'ocp.AsyncCheckpointer'])
+@pytest.mark.parametrize('where', ['_check_room', '_read', '_write_manifest', '_checkpointer'])
 def test_a_save_that_fails_is_reported_and_the_others_stay(tmp_path, monkeypatch, where):
     save(tmp_path, 0.9, None, None)
     before = {step: files(tmp_path / str(step)) for step in (1, 2, 3)}

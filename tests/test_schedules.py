@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adabatch_jax import schedules
+from adabatch_jax.config import default_config
 from adabatch_jax.schedules import Clock, LearningRate, Transition, make_plan
 
 HALVING = LearningRate(schedules.step_schedule(1.0, 0.5, [1, 2]), 'linear', 4)
@@ -274,6 +275,17 @@ def test_rates_worked_out_ahead_are_those_of_each_update():
         for _, update in zip(range(count), clock.updates(position, size), strict=False):
             assert rates(update) == float(rate.effective_at(clock.epoch(update.start)))
             position = update.end
+
+
+@pytest.mark.parametrize('schedule', ['constant', 'step', 'cosine', 'polynomial'])
+def test_an_epoch_has_the_same_rate_bit_for_bit_whichever_it_is_asked_for_with(schedule):
+    config = default_config().learning_rate
+    config.update({'schedule': schedule, 'warmup_epochs': 5.0, 'decay_epochs': 20.0})
+    effective = schedules.effective_schedule(config, Clock(1437, 100.0, 'carry'))
+    rate = schedules.LearningRate(effective, 'linear', 128)
+    epochs = np.random.default_rng(0).uniform(0, 100, (5, 7))
+    one_by_one = [[rate.effective_at(epoch) for epoch in row] for row in epochs]
+    np.testing.assert_array_equal(rate.effective_at(epochs), one_by_one)
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,11 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding
 def _columns_at_once(images, kernel, strides, padding) -> int:
     """Neighbouring columns that a GPU takes for one, from the shapes of images and kernel."""
     _, width, *channels = kernel
-    columns = _GPU_CHANNELS // max(channels)
     is_same = strides == (1, 1) and width == 2 * padding + 1
-    worthwhile = jax.default_backend() == 'gpu' and is_same and width > 1 and columns > 1
-    return columns if worthwhile and images[2] % columns == 0 else 1
+    if jax.default_backend() != 'gpu' or not is_same or width == 1:
+        return 1
+    most = max(1, _GPU_CHANNELS // max(channels))
+    return next(n for n in range(most, 0, -1) if images[2] % n == 0)
 
 
 def _convolve_groups(x, kernel, strides, padding):

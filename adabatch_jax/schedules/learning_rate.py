@@ -1,12 +1,14 @@
 """The effective learning rate over epochs, and its coupling to the batch size."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from adabatch_jax.schedules.clock import Clock
 
@@ -108,18 +110,20 @@ class LearningRate:
 
         Worked out on the host in double precision: in float32 the last update before a decay
         at epoch 60 of ImageNet would round to the decay, and the question would queue behind the
-        training step on an accelerator.
+        training step on an accelerator. An epoch has the same rate whichever it is asked for with.
         """
-        host = _host_device()
+        host, shape = _host_device(), np.shape(epoch)
         with jax.enable_x64(True), jax.default_device(host):
-            epoch = jax.device_put(np.asarray(epoch, np.float64), host)
-            rate = np.asarray(jax.device_get(self._compiled(epoch)))
-        return np.broadcast_to(rate, epoch.shape)  # a constant schedule knows of no array
+            epochs = jax.device_put(np.ravel(np.asarray(epoch, np.float64)), host)
+            rates = jax.device_get(self._compiled(epochs))
+        return np.reshape(rates, shape)
 
     @property
     def _compiled(self):
         if '_jitted' not in self.__dict__:
-            object.__setattr__(self, '_jitted', jax.jit(self.effective))
+            # One by one: as a vector they might be rounded otherwise.
+            one_by_one = functools.partial(lax.map, lambda epoch: jnp.asarray(self.effective(epoch)))
+            object.__setattr__(self, '_jitted', jax.jit(one_by_one))
         return self.__dict__['_jitted']
 
 
