@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,8 +187,9 @@ class _EventFile:
         self._writer = None
 
     def write(self, kind: str, fields: dict[str, Any]) -> None:
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        with _without_torch():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         def add(**what):
             step = fields[self._position]
@@ -209,6 +211,19 @@ class _EventFile:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """As if PyTorch were not installed, unless it is in use: tensorboardX would import it, for seconds."""
+    is_new = 'torch' not in sys.modules
+    if is_new:
+        sys.modules['torch'] = None
+    try:
+        yield
+    finally:
+        if is_new:
+            del sys.modules['torch']
 
 
 def _drop_broken_tail(path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from adabatch_jax import distributed, malloc, steps
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.schedules import Clock, LearningRate, Update
+from adabatch_jax.schedules.learning_rate import AT_ONCE
 from adabatch_jax.train_state import TrainState
 
 
@@ -104,8 +105,6 @@ class EffectiveRates:
     That is a computation of its own, which on a CPU would wait for the update in flight.
     """
 
-    AHEAD = 32  # updates
-
     def __init__(self, clock: Clock, rate: LearningRate):
         self._clock, self._rate = clock, rate
         self._known: dict[int, float] = {}  # by the start of the update
@@ -114,7 +113,7 @@ class EffectiveRates:
         """That of an update."""
         if update.start not in self._known:
             following = self._clock.updates(update.start, update.batch_size)
-            starts = [u.start for u in itertools.islice(following, self.AHEAD)]
+            starts = [u.start for u in itertools.islice(following, AT_ONCE)]
             rates = self._rate.effective_at([self._clock.epoch(start) for start in starts])
             self._known = dict(zip(starts, rates.tolist(), strict=True))
         return self._known[update.start]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 
 import pytest
 
@@ -44,6 +45,17 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     (file,) = tmp_path.glob('events.out.tfevents.*')
     tags = {value.tag for event in read_events(file) for value in event.summary.value}
     assert 'train/epoch' in tags and 'train/loss' not in tags
+
+
+def test_tensorboard_files_do_not_wait_for_pytorch(tmp_path, monkeypatch):
+    (tmp_path / 'torch.py').write_text('raise AssertionError("imported")')
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'tensorboardX']:
+        monkeypatch.delitem(sys.modules, name)
+    write(tmp_path, ('train', 1, 0.5))
+    assert list(tmp_path.glob('events.out.tfevents.*')) and 'tensorboardX.writer' in sys.modules
+    with pytest.raises(AssertionError, match='imported'):  # those who want it still get it
+        import torch  # noqa: F401
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):

@@ -213,3 +213,27 @@ def test_a_module_in_place_of_its_class_is_refused_by_the_plan(monkeypatch):
     monkeypatch.setitem(models.MODELS, 'wrong', Wrong(10, 'nothing'))
     with pytest.raises(ConfigError, match='config.model: model wrong: MODELS has a module; accepted: '):
         train.plan(tiny(**{'model.name': 'wrong'}))
+
+
+@pytest.mark.parametrize('window', [2, 3])
+@pytest.mark.parametrize('shape', [(4, 8, 12, 3), (2, 7, 9, 5, 3)])
+def test_pooling_of_blocks_is_xlas_with_its_gradient_which_goes_to_the_first_of_equals(shape, window):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 4, shape), jnp.float32)  # most blocks have several largest
+    blocks = (1, window, window, *[1] * (len(shape) - 3))
+
+    def of_xla(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, blocks, blocks, 'VALID')
+
+    expected, to_expected = jax.vjp(of_xla, x)
+    got, to_ours = jax.vjp(lambda x: models.layers.max_pool(x, window, window), x)
+    np.testing.assert_array_equal(got, expected)
+    change = jnp.asarray(rng.normal(size=got.shape), jnp.float32)
+    np.testing.assert_array_equal(to_ours(change)[0], to_expected(change)[0])
+
+
+@pytest.mark.parametrize('place', range(4))
+def test_pooling_of_blocks_hides_no_value_that_is_not_a_number(place):
+    x = np.arange(4.0)
+    x[place] = np.nan
+    assert np.isnan(models.layers.max_pool(x.reshape(1, 2, 2, 1), 2, 2)).all()

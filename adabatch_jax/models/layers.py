@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from adabatch_jax.models.conv import SPATIAL_AXES, Conv, leave
@@ -135,7 +136,9 @@ def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Mod
 
 
 def max_pool(x, window: int, stride: int, padding: int = 0):
-    """The largest of each ``window x window`` pixels."""
+    """The largest of each ``window x window`` pixels; the gradient goes to the first of equals."""
+    if stride == window and not padding:
+        return _max_of_blocks(x, window)
 
     def over_pixels(value, other):
         return tuple(value if axis in SPATIAL_AXES else other for axis in range(x.ndim))
@@ -148,6 +151,18 @@ def max_pool(x, window: int, stride: int, padding: int = 0):
         over_pixels(stride, 1),
         over_pixels((padding, padding), (0, 0)),
     )
+
+
+def _max_of_blocks(x, window: int):
+    """Without XLA's operations for windows, which fuse with nothing, and whose gradient is a scatter."""
+    rows, columns = (size // window for size in x.shape[1:3])
+    x = x[:, : rows * window, : columns * window]
+    blocks = x.reshape(len(x), rows, window, columns, window, *x.shape[3:])
+    found = blocks[:, :, 0, :, 0]
+    for row, column in list(np.ndindex(window, window))[1:]:
+        value = blocks[:, :, row, :, column]
+        found = jnp.where((value <= found) | jnp.isnan(found), found, value)
+    return found
 
 
 def mean_over_pixels(x):

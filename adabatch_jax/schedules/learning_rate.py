@@ -12,6 +12,7 @@ from jax import lax
 
 from adabatch_jax.schedules.clock import Clock
 
+AT_ONCE = 32  # epochs whose rates one call works out
 COUPLINGS = {'linear': 1.0, 'sqrt': 0.5, 'none': 0.0}
 
 
@@ -112,16 +113,16 @@ class LearningRate:
         at epoch 60 of ImageNet would round to the decay, and the question would queue behind the
         training step on an accelerator. An epoch has the same rate whichever it is asked for with.
         """
-        host, shape = _host_device(), np.shape(epoch)
+        host, epochs = _host_device(), np.asarray(epoch, np.float64)
+        filled = np.resize(epochs, (-(-epochs.size // AT_ONCE), AT_ONCE))
         with jax.enable_x64(True), jax.default_device(host):
-            epochs = jax.device_put(np.ravel(np.asarray(epoch, np.float64)), host)
-            rates = jax.device_get(self._compiled(epochs))
-        return np.reshape(rates, shape)
+            rates = [jax.device_get(self._compiled(jax.device_put(part, host))) for part in filled]
+        return np.ravel(rates)[: epochs.size].reshape(epochs.shape)
 
     @property
     def _compiled(self):
         if '_jitted' not in self.__dict__:
-            # One by one: as a vector they might be rounded otherwise.
+            # One after the other, and always as many: else they might be rounded otherwise.
             one_by_one = functools.partial(lax.map, lambda epoch: jnp.asarray(self.effective(epoch)))
             object.__setattr__(self, '_jitted', jax.jit(one_by_one))
         return self.__dict__['_jitted']

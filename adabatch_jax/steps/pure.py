@@ -15,6 +15,7 @@ from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 from adabatch_jax.train_state import TrainState
 from adabatch_jax.variance_reduction import Outputs, real_examples
 
+_LARGE = 2**17  # elements of an array that is not copied to be checked
 Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running statistics, of metrics
 
 
@@ -364,14 +365,18 @@ def _moments(opt_state: Any) -> list[Any]:
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    """Whether all floating-point numbers are, in few operations, at the memory of a copy.
+    """Whether all floating-point numbers are, in few operations.
 
     A check for each array would take a tenth of a model's compilation, and on a GPU many of the kernels
     that a small update consists of, which could not write weights in place where a check reads them too.
+    Large ones have one each all the same, since a copy of them would take more time than that.
     """
     arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     arrays = lax.optimization_barrier(arrays)
-    return jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(x) for x in arrays])))
+    large = [x for x in arrays if x.size > _LARGE]
+    small = [jnp.ravel(x) for x in arrays if x.size <= _LARGE]
+    checked = [*large, jnp.concatenate(small)] if small else large
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in checked]))
 
 
 def eval_step(spec: StepSpec, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
