@@ -215,7 +215,7 @@ class _EventFile:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """As if PyTorch were not installed, unless it is in use: tensorboardX would import it, for seconds."""
+    """As if PyTorch were not there, unless it is in use: tensorboardX would import it, for seconds."""
     is_new = 'torch' not in sys.modules
     if is_new:
         sys.modules['torch'] = None
