@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,7 +43,6 @@ from adabatch_jax.host_state import HostState
 from adabatch_jax.run import Diverged, Run
 
 OF_A_MACHINE = ('compile.cache_dir', 'dataset.data_dir')  # keys that processes may have other values of
-SWITCH_SECONDS = 5e-4  # after which a thread lets another have the interpreter
 
 __all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
 
@@ -226,7 +224,6 @@ def open_run(
     _agree_on_plan(experiment)
     steps.CACHE.clear(keep=experiment.may_use)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_prompt_threads())
         stack.callback(steps.CACHE.cancel_waiting)
         if config.compile.precompile and is_new:
             experiment.begin_compiling()
@@ -269,21 +266,6 @@ def open_run(
         run.host.seconds['setup'] += time.perf_counter() - start
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
-
-
-@contextlib.contextmanager
-def _prompt_threads() -> Iterator[None]:
-    """Lets the thread that trains have the interpreter when it wants it, while others trace steps.
-
-    By default each of its many short turns waits for 5 ms: on a simulated accelerator that makes 80,000
-    images a second, stages began with 10,000 to 20,000.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _restored(folder: pathlib.Path, state: train_state.TrainState):
