@@ -1,6 +1,7 @@
 """The shared convolution against the plain operation: values and both gradients."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -100,13 +101,27 @@ def test_a_gpu_takes_columns_of_few_channels_for_one_and_computes_the_same(
     x = jnp.asarray(rng.normal(size=(5, 12, 16, channels)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(kernel, kernel, channels, features)), jnp.float32)
     plain = with_gradients(conv._convolve, x, w, stride, padding)
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(conv, '_wastes_channels', lambda: True)
     program = jax.make_jaxpr(lambda x, w: conv._convolve(x, w, (stride, stride), padding))(x, w)
     seen = [e.invars[0].aval.shape for e in program.eqns if e.primitive is lax.conv_general_dilated_p]
     assert seen == [(5, 12, 16 // columns, channels * columns)]
     for got, expected in zip(with_gradients(conv._convolve, x, w, stride, padding), plain, strict=True):
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    'backend, capability, expected',
+    [('gpu', '9.0', True), ('gpu', '10.0', True), ('gpu', '8.6', False), ('gpu', 'gfx942', False)]
+    + [('gpu', None, False), ('tpu', None, False), ('cpu', None, False)],
+)
+def test_columns_are_taken_for_one_on_gpus_where_that_was_seen_to_be_faster(
+    backend, capability, expected, monkeypatch
+):
+    device = types.SimpleNamespace(**({'compute_capability': capability} if capability else {}))
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(jax, 'devices', lambda: [device])
+    assert conv._wastes_channels() == expected
 
 
 def test_layer_is_flax_convolution_with_the_same_parameters():

@@ -28,14 +28,15 @@ is written as something that it does:
 
 The same mathematics, summed in another order.
 
-On other backends this is ``nn.Conv``'s own operation, but for few channels on a GPU. There neighbouring
-columns are taken for one column with all of their channels, which moves nothing in memory,
+On other backends this is ``nn.Conv``'s own operation, but for few channels on a GPU of the Hopper
+generation. There neighbouring columns are taken for one column with all of their channels, which moves
+nothing in memory,
 
     images[batch, height, width, channels]  ->  x[batch, height, width / columns, columns * channels]
 
-and the kernel gets zeros where it does not reach from a column to another: the multiplications by zero
-that cuDNN did for the channels that were missing, for a fraction of the places. On an H200, in bfloat16,
-updates of ResNet-20 with 128 and 2,048 examples took 1.90 and 9.90 ms, and take 1.62 and 6.87.
+and the kernel gets zeros where it does not reach from a column to another: cuDNN's kernels make 64
+channels at once, or throw work for as many away. On an H200, in bfloat16, updates of ResNet-20 with 128
+and 2,048 examples took 1.90 and 9.90 ms, and take 1.62 and 6.87.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
 _FEWEST_FOR_MATRIX = 64  # images
 _LARGEST_MATRIX = 16  # times the kernel
-_GPU_CHANNELS = 64  # that cuDNN's kernels for the H100 and H200 make at once; fewer take as long
+_GPU_CHANNELS = 64  # that a GPU makes at once
 
 
 def in_groups() -> bool:
@@ -145,13 +146,19 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding
 
 
 def _columns_at_once(images, kernel, strides, padding) -> int:
-    """Neighbouring columns that a GPU takes for one, from the shapes of images and kernel."""
+    """Neighbouring columns that are taken for one, from the shapes of images and kernel."""
     _, width, *channels = kernel
     is_same = strides == (1, 1) and width == 2 * padding + 1
-    if jax.default_backend() != 'gpu' or not is_same or width == 1:
+    if not is_same or width == 1 or not _wastes_channels():
         return 1
     most = max(1, _GPU_CHANNELS // max(channels))
     return next(n for n in range(most, 0, -1) if images[2] % n == 0)
+
+
+def _wastes_channels() -> bool:
+    """Whether convolutions of few channels take as long as those of many: on Hopper GPUs and newer."""
+    generation, _, _ = getattr(jax.devices()[0], 'compute_capability', '').partition('.')
+    return jax.default_backend() == 'gpu' and generation.isdecimal() and int(generation) >= 9
 
 
 def _convolve_groups(x, kernel, strides, padding):
