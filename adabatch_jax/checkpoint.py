@@ -70,14 +70,17 @@ class Checkpointer:
           step: updates taken, the name of the checkpoint. One that is saved already, or being saved, is
             left as it is.
           state: pytree of arrays, the same on every device.
-          host: JSON-able state of the host.
+          host: JSON-able state of the host; not to be changed afterwards.
           accuracy: of an evaluation of this very state, for keeping the best; None without one.
         """
         if step in (self._saving, self._saved):
             return  # a best state that is due as well: to wait for it would hold training up
         self._join()
-        # A copy: the buffers are given to the next update. All are fetched at once.
-        state = jax.tree.map(np.array, jax.device_get(state))
+        try:  # a copy: the buffers are given to the next update; all are fetched at once
+            state = jax.tree.map(np.array, jax.device_get(state))
+        except RuntimeError as error:
+            self._fail(step, error)
+            return
         self._saving = step
         self._finishing = self._executor.submit(self._write, step, state, {**host, 'accuracy': accuracy})
 

@@ -216,13 +216,14 @@ class _EventFile:
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """As if PyTorch were not there, unless it is in use: tensorboardX would import it, for seconds."""
-    is_new = 'torch' not in sys.modules
-    if is_new:
-        sys.modules['torch'] = None
+    if not {'torch', 'tensorboardX'}.isdisjoint(sys.modules):
+        yield
+        return
+    sys.modules['torch'] = None
     try:
         yield
     finally:
-        if is_new:
+        if sys.modules.get('torch', '') is None:
             del sys.modules['torch']
 
 

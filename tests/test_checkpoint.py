@@ -79,7 +79,7 @@ def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_ag
     may_end, write = threading.Event(), checkpoint.Checkpointer._write
 
     def write_late(*args):
-        may_end.wait()
+        may_end.wait(120)
         write(*args)
 
     monkeypatch.setattr(checkpoint.Checkpointer, '_write', write_late)
@@ -92,6 +92,22 @@ def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_ag
     may_end.set()
     saver.close()
     assert has_returned and checkpoint.steps(tmp_path) == [1]
+
+
+def test_what_is_saved_is_the_state_at_that_time_whatever_becomes_of_its_arrays(tmp_path, monkeypatch):
+    may_write, write = threading.Event(), checkpoint.Checkpointer._write
+
+    def write_late(*args):
+        may_write.wait(120)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, '_write', write_late)
+    saver, state = checkpoint.Checkpointer(tmp_path), {'w': np.arange(3.0)}
+    saver.save(1, state, {})
+    state['w'][:] = 7
+    may_write.set()
+    saver.close()
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path)[0]['w'], [0, 1, 2])
 
 
 def test_a_state_whose_save_failed_is_saved_when_it_is_due_again(tmp_path, monkeypatch):

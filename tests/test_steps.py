@@ -353,8 +353,10 @@ def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32():
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize('large', [2**17, 3, 0])  # elements that are checked in place: of none, one, all
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_is_seen_in_whichever_array(value):
+def test_one_value_that_is_not_finite_is_seen_in_whichever_array(value, large, monkeypatch):
+    monkeypatch.setattr(pure, '_LARGE', large)
     arrays = [np.full(shape, np.finfo(np.float32).max) for shape in ((), (3,), (2, 3, 4))]
     all_finite = jax.jit(pure._all_finite)
     assert all_finite(arrays)

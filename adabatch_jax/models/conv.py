@@ -1,4 +1,4 @@
-"""The convolution that all models share: ``nn.Conv``, with fast forms of it on the CPU.
+"""The convolution that all models share: ``nn.Conv``, with fast forms on the CPU and some GPUs.
 
 XLA's CPU backend hands a convolution to a library (YNNPACK) when images are NHWC, kernels HWIO, the
 images are not dilated, and input or output has more than 16 channels. The library shares out the
@@ -28,9 +28,9 @@ is written as something that it does:
 
 The same mathematics, summed in another order.
 
-On other backends this is ``nn.Conv``'s own operation, but for few channels on a GPU of the Hopper
-generation. There neighbouring columns are taken for one column with all of their channels, which moves
-nothing in memory,
+On other backends this is ``nn.Conv``'s own operation, but for few channels in bfloat16 on a GPU of the
+Hopper generation. There neighbouring columns are taken for one column with all of their channels, which
+moves nothing in memory,
 
     images[batch, height, width, channels]  ->  x[batch, height, width / columns, columns * channels]
 
@@ -131,28 +131,37 @@ class Conv(nn.Module):
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: int) -> jax.Array:
     """Images ``[batch, height, width, channels]``."""
-    shape, pads = x.shape, [(padding, padding)] * 2
-    columns = _columns_at_once(shape, kernel.shape, strides, padding)
+    columns = _columns_at_once(x, kernel, strides, padding)
     if columns > 1:
-        reach = -(-padding // columns)  # of the kernel, to either side
-        wide = 2 * reach + 1
-        of_columns = [
-            _fit(kernel, 1, columns * reach - padding + k, columns * wide) for k in range(columns)
-        ]
-        kernel = jnp.stack(of_columns, 3).reshape(len(kernel), wide, columns * shape[-1], -1)
-        x, pads[1] = x.reshape(*shape[:2], -1, columns * shape[-1]), (reach, reach)
-    y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
-    return y.reshape(*y.shape[:2], y.shape[2] * columns, -1)
+        return _convolve_columns(x, kernel, padding, columns)
+    return lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * 2, dimension_numbers=_LAYOUT)
 
 
-def _columns_at_once(images, kernel, strides, padding) -> int:
-    """Neighbouring columns that are taken for one, from the shapes of images and kernel."""
-    _, width, *channels = kernel
+def _convolve_columns(x, kernel, padding, columns):
+    """Stride 1, with as many neighbouring columns taken for one."""
+    batch, height, width, channels = x.shape
+    rows, _, _, features = kernel.shape
+    reach = -(-padding // columns)  # of the kernel, to either side
+    wide = 2 * reach + 1
+    of_columns = [_fit(kernel, 1, columns * reach - padding + k, columns * wide) for k in range(columns)]
+    y = lax.conv_general_dilated(
+        x.reshape(batch, height, width // columns, columns * channels),
+        jnp.stack(of_columns, 3).reshape(rows, wide, columns * channels, columns * features),
+        (1, 1),
+        ((padding, padding), (reach, reach)),
+        dimension_numbers=_LAYOUT,
+    )
+    return y.reshape(batch, y.shape[1], width, features)
+
+
+def _columns_at_once(x, kernel, strides, padding) -> int:
+    """Neighbouring columns of images that are taken for one."""
+    _, width, *channels = kernel.shape
     is_same = strides == (1, 1) and width == 2 * padding + 1
-    if not is_same or width == 1 or not _wastes_channels():
+    if not is_same or width == 1 or x.dtype.itemsize > 2 or not _wastes_channels():
         return 1
     most = max(1, _GPU_CHANNELS // max(channels))
-    return next(n for n in range(most, 0, -1) if images[2] % n == 0)
+    return next(n for n in range(most, 0, -1) if x.shape[2] % n == 0)
 
 
 def _wastes_channels() -> bool:

@@ -137,7 +137,7 @@ def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Mod
 
 def max_pool(x, window: int, stride: int, padding: int = 0):
     """The largest of each ``window x window`` pixels; the gradient goes to the first of equals."""
-    if stride == window and not padding:
+    if stride == window <= 3 and not padding:  # it grows with the square of the window
         return _max_of_blocks(x, window)
 
     def over_pixels(value, other):

@@ -12,7 +12,7 @@ from jax import lax
 
 from adabatch_jax.schedules.clock import Clock
 
-AT_ONCE = 32  # epochs whose rates one call works out
+AT_ONCE = 32  # epochs whose rates are worked out together
 COUPLINGS = {'linear': 1.0, 'sqrt': 0.5, 'none': 0.0}
 
 
@@ -116,15 +116,18 @@ class LearningRate:
         host, epochs = _host_device(), np.asarray(epoch, np.float64)
         filled = np.resize(epochs, (-(-epochs.size // AT_ONCE), AT_ONCE))
         with jax.enable_x64(True), jax.default_device(host):
-            rates = [jax.device_get(self._compiled(jax.device_put(part, host))) for part in filled]
+            rates = jax.device_get(self._compiled(jax.device_put(filled, host)))
         return np.ravel(rates)[: epochs.size].reshape(epochs.shape)
+
+    def _effective_at(self, epoch):
+        return jnp.asarray(self.effective(epoch), jnp.float64).reshape(())
 
     @property
     def _compiled(self):
         if '_jitted' not in self.__dict__:
-            # One after the other, and always as many: else they might be rounded otherwise.
-            one_by_one = functools.partial(lax.map, lambda epoch: jnp.asarray(self.effective(epoch)))
-            object.__setattr__(self, '_jitted', jax.jit(one_by_one))
+            # One after the other, and always as many: a polynomial of one alone was rounded otherwise.
+            one_by_one = functools.partial(lax.map, self._effective_at)
+            object.__setattr__(self, '_jitted', jax.jit(functools.partial(lax.map, one_by_one)))
         return self.__dict__['_jitted']
 
 
