@@ -215,25 +215,31 @@ def test_a_module_in_place_of_its_class_is_refused_by_the_plan(monkeypatch):
         train.plan(tiny(**{'model.name': 'wrong'}))
 
 
-@pytest.mark.parametrize('window', [2, 3])
+@pytest.mark.parametrize(
+    'window, stride, padding', [(2, 2, 0), (3, 3, 0), (3, 2, 1), (3, 2, 0), (2, 3, 1)]
+)
 @pytest.mark.parametrize('shape', [(4, 8, 12, 3), (2, 7, 9, 5, 3)])
-def test_pooling_of_blocks_is_xlas_with_its_gradient_which_goes_to_the_first_of_equals(shape, window):
+def test_pooling_is_xlas_with_its_gradient_which_goes_to_the_first_of_equals(
+    shape, window, stride, padding
+):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(0, 4, shape), jnp.float32)  # most blocks have several largest
-    blocks = (1, window, window, *[1] * (len(shape) - 3))
+    x = jnp.asarray(rng.integers(0, 4, shape), jnp.float32)  # most windows have several largest
+    others = len(shape) - 3
 
     def of_xla(x):
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, blocks, blocks, 'VALID')
+        sizes = ((1, n, n, *[1] * others) for n in (window, stride))
+        around = ((0, 0), *[(padding, padding)] * 2, *[(0, 0)] * others)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, *sizes, around)
 
     expected, to_expected = jax.vjp(of_xla, x)
-    got, to_ours = jax.vjp(lambda x: models.layers.max_pool(x, window, window), x)
+    got, to_ours = jax.vjp(lambda x: models.layers.max_pool(x, window, stride, padding), x)
     np.testing.assert_array_equal(got, expected)
-    change = jnp.asarray(rng.normal(size=got.shape), jnp.float32)
+    change = jnp.asarray(rng.integers(-4, 5, got.shape), jnp.float32)  # sums of which are exact
     np.testing.assert_array_equal(to_ours(change)[0], to_expected(change)[0])
 
 
 @pytest.mark.parametrize('place', range(4))
-def test_pooling_of_blocks_hides_no_value_that_is_not_a_number(place):
+def test_pooling_hides_no_value_that_is_not_a_number(place):
     x = np.arange(4.0)
     x[place] = np.nan
     assert np.isnan(models.layers.max_pool(x.reshape(1, 2, 2, 1), 2, 2)).all()

@@ -1,12 +1,12 @@
 """The layers that all models share."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from adabatch_jax.models.conv import SPATIAL_AXES, Conv, leave
@@ -136,33 +136,21 @@ def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Mod
 
 
 def max_pool(x, window: int, stride: int, padding: int = 0):
-    """The largest of each ``window x window`` pixels; the gradient goes to the first of equals."""
-    if stride == window <= 3 and not padding:  # it grows with the square of the window
-        return _max_of_blocks(x, window)
+    """The largest of each ``window x window`` pixels; the gradient goes to the first of equals.
 
-    def over_pixels(value, other):
-        return tuple(value if axis in SPATIAL_AXES else other for axis in range(x.ndim))
-
-    return lax.reduce_window(
-        x,
-        -jnp.inf,
-        lax.max,
-        over_pixels(window, 1),
-        over_pixels(stride, 1),
-        over_pixels((padding, padding), (0, 0)),
-    )
+    For small windows: pixel by pixel, without XLA's operations for windows, which fuse with nothing, and
+    whose gradient is a scatter on a GPU.
+    """
+    around = [(padding, padding) if axis in SPATIAL_AXES else (0, 0) for axis in range(x.ndim)]
+    x = jnp.pad(x, around, constant_values=-jnp.inf) if padding else x
+    rows, columns = ((x.shape[axis] - window) // stride * stride + 1 for axis in SPATIAL_AXES)
+    pixels = itertools.product(range(window), repeat=2)
+    values = (x[:, i : i + rows : stride, j : j + columns : stride] for i, j in pixels)
+    return functools.reduce(_first_largest, values)
 
 
-def _max_of_blocks(x, window: int):
-    """Without XLA's operations for windows, which fuse with nothing, and whose gradient is a scatter."""
-    rows, columns = (size // window for size in x.shape[1:3])
-    x = x[:, : rows * window, : columns * window]
-    blocks = x.reshape(len(x), rows, window, columns, window, *x.shape[3:])
-    found = blocks[:, :, 0, :, 0]
-    for row, column in list(np.ndindex(window, window))[1:]:
-        value = blocks[:, :, row, :, column]
-        found = jnp.where((value <= found) | jnp.isnan(found), found, value)
-    return found
+def _first_largest(found, value):
+    return jnp.where((value <= found) | jnp.isnan(found), found, value)
 
 
 def mean_over_pixels(x):
