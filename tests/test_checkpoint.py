@@ -73,35 +73,32 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_again(
-    tmp_path, monkeypatch
-):
-    may_end, write = threading.Event(), checkpoint.Checkpointer._write
+@pytest.fixture
+def may_write(monkeypatch):
+    """An event that a save waits for before it writes anything."""
+    event, write = threading.Event(), checkpoint.Checkpointer._write
 
     def write_late(*args):
-        may_end.wait(120)
+        event.wait(120)
         write(*args)
 
     monkeypatch.setattr(checkpoint.Checkpointer, '_write', write_late)
+    return event
+
+
+def test_a_state_that_is_being_saved_is_not_waited_for_when_it_is_to_be_saved_again(tmp_path, may_write):
     saver = checkpoint.Checkpointer(tmp_path)
     saver.save(1, STATE, {}, 0.5)
     again = threading.Thread(target=saver.save, args=(1, STATE, {}, 0.5), daemon=True)
     again.start()
     again.join(60)
     has_returned = not again.is_alive()
-    may_end.set()
+    may_write.set()
     saver.close()
     assert has_returned and checkpoint.steps(tmp_path) == [1]
 
 
-def test_what_is_saved_is_the_state_at_that_time_whatever_becomes_of_its_arrays(tmp_path, monkeypatch):
-    may_write, write = threading.Event(), checkpoint.Checkpointer._write
-
-    def write_late(*args):
-        may_write.wait(120)
-        write(*args)
-
-    monkeypatch.setattr(checkpoint.Checkpointer, '_write', write_late)
+def test_what_is_saved_is_the_state_at_that_time_whatever_becomes_of_its_arrays(tmp_path, may_write):
     saver, state = checkpoint.Checkpointer(tmp_path), {'w': np.arange(3.0)}
     saver.save(1, state, {})
     state['w'][:] = 7

@@ -28,8 +28,8 @@ is written as something that it does:
 
 The same mathematics, summed in another order.
 
-On other backends this is ``nn.Conv``'s own operation, but for few channels in bfloat16 on a GPU of the
-Hopper generation. There neighbouring columns are taken for one column with all of their channels, which
+On other backends this is ``nn.Conv``'s own operation, but for few channels in bfloat16 on Hopper GPUs
+and newer ones. There neighbouring columns are taken for one column with all of their channels, which
 moves nothing in memory,
 
     images[batch, height, width, channels]  ->  x[batch, height, width / columns, columns * channels]
