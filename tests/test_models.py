@@ -105,20 +105,45 @@ def test_ghost_statistics_are_those_of_each_group(monkeypatch, in_memory):
     np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * var.mean(axis=(0, 1, 2, 3)), rtol=1e-4)
 
 
-def test_batchnorm_is_that_of_flax_in_values_gradients_and_statistics():
-    x = jax.random.normal(jax.random.key(0), (8, 5, 5, 3)) * 3 + 1
+@pytest.mark.parametrize('height, channels', [(5, 3), (6, 3), (6, 16), (6, 17)])
+def test_batchnorm_is_that_of_flax_in_values_gradients_and_statistics(height, channels):
+    """Also where it takes two rows of few channels as one of twice as many."""
+    x = jax.random.normal(jax.random.key(0), (8, height, 5, channels)) * 3 + 1
     ours = models.layers.BatchNorm(True, jnp.float32)
     theirs = nn.BatchNorm(False, momentum=0.9, epsilon=1e-5)
     variables = theirs.init(jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
 
     def loss(variables, x, layer):
+        x = conv.enter(x) if layer is ours else x
         y, mutated = layer.apply(variables, x, mutable=['batch_stats'])
+        y = conv.leave(y) if layer is ours else y
         return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)), (y, mutated)
 
     results = [jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, x, m) for m in (ours, theirs)]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max())
+
+
+def test_statistics_of_few_channels_need_no_copy_of_what_a_convolution_wrote(monkeypatch):
+    x = conv.enter(jnp.zeros((64, 32, 32, 16)))
+    layers = (
+        models.layers.residual_conv(16, 3, 1, jnp.float32),
+        models.layers.BatchNorm(True, jnp.float32),
+    )
+    variables = [layer.init(jax.random.key(0), x) for layer in layers]
+
+    def loss(variables):
+        y, _ = layers[1].apply(variables[1], layers[0].apply(variables[0], x), mutable=['batch_stats'])
+        return jnp.sum(jnp.sin(layers[0].apply(variables[0], nn.relu(y))))
+
+    def memory():
+        compiled = jax.jit(jax.grad(lambda v: loss(v))).lower(variables).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    without_copy = memory()
+    monkeypatch.setattr(models.layers, 'rows_at_once', lambda x: 1)
+    assert memory() > without_copy + 0.9 * x.nbytes
 
 
 def test_ghost_groups_of_the_whole_batch_are_batchnorm():

@@ -61,6 +61,7 @@ _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
 _FEWEST_FOR_MATRIX = 64  # images
 _LARGEST_MATRIX = 16  # times the kernel
+_FEW_CHANNELS = 16  # that the library does not take
 _GPU_CHANNELS = 64  # that a GPU makes at once
 
 
@@ -92,6 +93,33 @@ def enter(images: jax.Array) -> jax.Array:
 def leave(x: jax.Array) -> jax.Array:
     """The inverse of ``enter``."""
     return x.transpose(0, 3, 1, 2, 4).reshape(-1, *x.shape[1:3], x.shape[-1]) if in_groups() else x
+
+
+def rows_at_once(x: jax.Array) -> int:
+    """Rows of the images ``x`` that a convolution of few channels wrote at once."""
+    few = in_groups() and x.ndim == 5 and x.shape[-1] <= _FEW_CHANNELS
+    return 2 if few and x.shape[1] % 2 == 0 else 1
+
+
+def as_written(x: jax.Array, rows: int) -> jax.Array:
+    """Images in the order in which a convolution wrote them, ``rows`` at once, as their channels.
+
+    ``[groups, height / rows, width, examples, rows * channels]``: sums over that need no copy.
+    """
+    if rows == 1:
+        return x
+    groups, height, *pixels, channels = x.shape
+    x = x.reshape(groups, height // rows, rows, -1, channels).transpose(0, 1, 3, 2, 4)
+    return x.reshape(groups, height // rows, *pixels, rows * channels)
+
+
+def in_order(x: jax.Array, rows: int) -> jax.Array:
+    """The inverse of ``as_written``."""
+    if rows == 1:
+        return x
+    groups, height, *pixels, channels = x.shape
+    x = x.reshape(groups, height, -1, rows, channels // rows).transpose(0, 1, 3, 2, 4)
+    return x.reshape(groups, height * rows, *pixels, channels // rows)
 
 
 class Conv(nn.Module):
@@ -251,7 +279,7 @@ def _rows(x, kernel, pads, examples):
         return x @ kernel[0, 0]
     out = x.shape[1] + sum(pads[0]) - rows + 1
     down = 1
-    if max(channels, features) <= 16:
+    if max(channels, features) <= _FEW_CHANNELS:
         down, pads = 2, ((pads[0][0], pads[0][1] + out % 2), pads[1])
         kernel = jnp.concatenate([_fit(kernel, 0, low, rows + 1) for low in range(2)], 3)
     y = lax.conv_general_dilated(
@@ -262,10 +290,7 @@ def _rows(x, kernel, pads, examples):
         rhs_dilation=(1, examples),
         dimension_numbers=_LAYOUT,
     )
-    if down > 1:
-        y = y.reshape(*y.shape[:3], down, features).transpose(0, 1, 3, 2, 4)
-        y = y.reshape(len(y), -1, *y.shape[3:])
-    return y[:, :out]
+    return in_order(y, down)[:, :out]
 
 
 def _turned(kernel, pads):

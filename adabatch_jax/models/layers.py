@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from adabatch_jax.models.conv import SPATIAL_AXES, Conv, leave
+from adabatch_jax.models.conv import SPATIAL_AXES, Conv, as_written, in_order, leave, rows_at_once
 
 MOMENTUM = 0.9  # of the running statistics of BatchNorm
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
@@ -71,13 +71,15 @@ class BatchNorm(nn.Module):
         bias = self.param('bias', nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
         running_var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
-        x = x.astype(jnp.float32)
+        rows = rows_at_once(x) if self.train and not self.group else 1
+        x = as_written(x, rows).astype(jnp.float32)
         mean, var = running_mean.value, running_var.value
         if self.train:
-            mean, square = self._mean(x), self._mean(lax.square(x))
+            mean, square = self._mean(x, rows), self._mean(lax.square(x), rows)
             if self.axis_name and not self.is_initializing():
                 mean, square = lax.pmean((mean, square), self.axis_name)
-            var = jnp.maximum(0, square - lax.square(mean))
+            var = square - lax.square(mean)
+            var = jnp.where(var <= 0, 0, var)  # not `maximum`, whose gradient wants equal recomputation
             if not self.is_initializing():
                 for running, value in ((running_mean, mean), (running_var, var)):
                     value = value.reshape(-1, *shape).mean(axis=0)
@@ -86,12 +88,14 @@ class BatchNorm(nn.Module):
         offset = bias - mean * factor
         if self.train and self.group:
             factor, offset = self._of_examples(factor, x), self._of_examples(offset, x)
-        return (x * factor + offset).astype(self.dtype)
+        elif rows > 1:
+            factor, offset = jnp.tile(factor, rows), jnp.tile(offset, rows)
+        return in_order((x * factor + offset).astype(self.dtype), rows)
 
-    def _mean(self, x):
+    def _mean(self, x, rows):
         """Of each channel ``[channels]``, or of each group ``[groups, channels]``."""
         if not self.group:
-            return x.mean(axis=range(x.ndim - 1))
+            return x.mean(axis=range(x.ndim - 1)).reshape(rows, -1).mean(axis=0)
         of_examples = mean_over_pixels(x) if x.ndim > 2 else x
         if len(of_examples) % self.group:
             raise ValueError(f'{len(of_examples)} examples do not divide into groups of {self.group}')
