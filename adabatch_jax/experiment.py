@@ -29,6 +29,9 @@ from adabatch_jax.config import ConfigError, user_errors
 DISPATCH_EXAMPLES = 4096
 # Stretches from one pause to the next, by which it is told how many updates are made at once.
 LOOKED_AT = 1000
+# Batch sizes whose steps are compiled before their stage: with up to three steps of each, and those of
+# the present stage, no more than ``steps.StepCache`` keeps.
+SIZES_AHEAD = 4
 # Images that a device evaluates at once: on a CPU what its caches hold, else as many as a dispatch has,
 # of so many bytes at most.
 CPU_EVALUATES = 125
@@ -181,7 +184,7 @@ class Experiment:
         return None
 
     def specs_after(self, batch_size: int, examples_seen: int) -> list[steps.StepSpec]:
-        """The steps that a stage may need or be followed by, in the order in which they are needed."""
+        """The steps that a stage may need or be followed by soon, in the order of their need."""
         policy = self.policy
         if policy.planned:
             sizes = [t.batch_size for t in policy.transitions if t.examples_seen > examples_seen]
@@ -189,7 +192,7 @@ class Experiment:
             sizes = [size for size in policy.ladder if size > batch_size][:1]
             if policy.may_shrink:
                 sizes += [size for size in policy.ladder if size < batch_size][-1:]
-        usable = filter(self.plan.can_split, sizes)
+        usable = filter(self.plan.can_split, list(dict.fromkeys(sizes))[:SIZES_AHEAD])
         specs = (spec for size in usable for spec in self.stage_specs(size))
         return [self.eval_spec, *specs]
 
@@ -198,11 +201,6 @@ class Experiment:
         if self.snapshots is None:
             return False
         return self.snapshots.number(before.start) != self.snapshots.number(update.start)
-
-    def may_use(self, spec: steps.StepSpec) -> bool:
-        """Whether a compiled step belongs to this model and optimizer, and was compiled in this way."""
-        belongs = spec.model == self.model and spec.optimizer is self.optimizer
-        return belongs and spec.quick == self.config.compile.quick
 
     def with_microbatches_up_to(self, max_per_device: int) -> 'Experiment':
         """The same experiment with its batches split for a largest microbatch; 0 for no limit."""

@@ -77,7 +77,7 @@ def train(
       Preempted: ``stop`` was set, and the run was saved.
       SaveFailed: it could not be saved where it ended.
     """
-    config, directory = resolve(config), pathlib.Path(directory)
+    config, directory = resolve(config), pathlib.Path(directory).expanduser()
     may_differ = SCHEDULE if allow_schedule_change else ()
     _agree_on(config)
     with contextlib.ExitStack() as stack:
@@ -222,7 +222,6 @@ def open_run(
     is_new = distributed.from_first(lambda: not checkpoint.steps(folder))
     experiment = describe(config, begun_on_others=not is_new)
     _agree_on_plan(experiment)
-    steps.CACHE.clear(keep=experiment.may_use)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
         if config.compile.precompile and is_new:

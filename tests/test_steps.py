@@ -17,7 +17,7 @@ from adabatch_jax import compilation_cache as persistent_cache
 from adabatch_jax import distributed, models, optimizers, steps, train_state
 from adabatch_jax.config import default_config, resolve
 from adabatch_jax.experiment import describe
-from adabatch_jax.steps import pure
+from adabatch_jax.steps import compiled, pure
 
 TRACES = []
 
@@ -98,10 +98,18 @@ def test_a_cleared_cache_compiles_anew():
     cache = steps.StepCache(lambda spec: steps.CompiledStep(spec, 1.0, False, 0))
     spec = make_spec()
     assert [cache.get(spec).compile_seconds for _ in range(2)] == [1.0, 0.0]
-    cache.clear(keep=lambda s: s == spec)
-    assert cache.get(spec).compile_seconds == 0.0
     cache.clear()
     assert cache.get(spec).compile_seconds == 1.0 and cache.num_compiles == 2
+
+
+def test_the_cache_keeps_the_steps_that_were_used_last():
+    cache = steps.StepCache(lambda spec: steps.CompiledStep(spec, 1.0, False, 0))
+    first, second = make_spec(batch_size=2), make_spec(batch_size=4)
+    others = [make_spec(batch_size=2 * k) for k in range(3, compiled.MOST_STEPS + 2)]
+    for spec in (first, second, *others):
+        cache.get(spec)
+        assert cache.get(first).compile_seconds == 0.0
+    assert cache.get(second).compile_seconds == 1.0
 
 
 @pytest.mark.parametrize('num_microbatches', [1, 2])

@@ -51,6 +51,7 @@ class CompiledStep:
         return self.executable(*args)
 
 
+MOST_STEPS = 16  # that are kept
 # With them XLA's CPU backend compiles a small network in half the time. It makes machine code of a
 # fusion without MLIR, a whole context of which it would set up for each; newer versions cannot any more.
 # And LLVM does not unroll loops. Steps were seen from as fast as before to a seventh slower.
@@ -266,10 +267,12 @@ def compile_part(spec: StepSpec, part: Callable) -> Callable:
 
 
 class StepCache:
-    """Compiled steps by their spec; each is compiled once, on a background thread.
+    """Compiled steps by their spec, the last ones used; each is compiled on a background thread.
 
-    One for the process (``CACHE``) is enough: a run that continues in the same process finds its
-    steps there, until a run with another model or optimizer begins.
+    One for the process (``CACHE``) is enough: a run that continues in the same process finds its steps
+    there. A compiled step is mapped into memory in hundreds of pieces, of which Linux lets a process
+    have 65,530: with some ninety steps of a ResNet-8 on the CPU XLA would crash. What is forgotten is
+    still in the persistent cache.
     """
 
     def __init__(self, compile_step: Callable[[StepSpec], CompiledStep] = compile_step):
@@ -283,11 +286,16 @@ class StepCache:
     def precompile(self, spec: StepSpec) -> concurrent.futures.Future:
         """Starts compiling a step unless that has been done or has begun."""
         with self._lock:
-            future = self._futures.get(spec)
+            future = self._futures.pop(spec, None)
             failed = future is not None and future.done() and future.exception() is not None
             if future is None or failed:
                 self.num_compiles += 1
-                future = self._futures[spec] = self._executor.submit(self._compile_step, spec)
+                future = self._executor.submit(self._compile_step, spec)
+            self._futures[spec] = future  # at the end, as the last one used
+            done = [s for s, f in self._futures.items() if f.done()]
+            for oldest in done[: max(0, len(self._futures) - MOST_STEPS)]:
+                del self._futures[oldest]
+                self._used.discard(oldest)
             return future
 
     def get(self, spec: StepSpec) -> CompiledStep:
@@ -316,16 +324,12 @@ class StepCache:
         with self._lock:
             self._futures = {s: f for s, f in self._futures.items() if not f.cancel()}
 
-    def clear(self, keep: Callable[[StepSpec], bool] = lambda spec: False) -> None:
-        """Forgets all steps but those to keep.
-
-        A compiled step is mapped into memory in hundreds of pieces, of which Linux lets a process have
-        65,530: with some ninety steps of a ResNet-8 on the CPU XLA would crash.
-        """
+    def clear(self) -> None:
+        """Forgets all steps."""
         with self._lock:
-            for spec in [spec for spec in self._futures if not keep(spec)]:
-                self._futures.pop(spec).cancel()
-            self._used = {spec for spec in self._used if keep(spec)}
+            for future in self._futures.values():
+                future.cancel()
+            self._futures, self._used = {}, set()
 
 
 CACHE = StepCache()
