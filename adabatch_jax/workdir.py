@@ -148,23 +148,23 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
     microbatches.
 
     Raises:
-      ConfigError: it cannot be written, or the run there had another number of training examples.
+      ConfigError: it cannot be written, or the run there had another number of training examples or,
+        with the same config, other stages.
     """
-    has_begun = checkpoint.steps(workdir / checkpoint.FOLDER)
-    before = _num_examples(workdir / PLAN_FILE) if has_begun else None
-    if before not in (None, plan.clock.num_examples):
-        raise ConfigError(
-            f'workdir: {str(workdir)!r} holds a run on {before} training examples, and the data set has '
-            f'{plan.clock.num_examples} now; bring it back as it was, or choose another --workdir'
-        )
+    has_config = (workdir / CONFIG_FILE).exists()
+    is_changed = has_config and bool(differences(config, resolve(read_config(workdir))))
+    if checkpoint.steps(workdir / checkpoint.FOLDER):
+        _check_goes_on(plan, workdir, is_changed)
     try:
-        if not (workdir / CONFIG_FILE).exists() or differences(config, resolve(read_config(workdir))):
+        if not has_config:
             write_whole(workdir / CONFIG_FILE, to_json(config))
         try:
             write_whole(workdir / PLAN_FILE, json.dumps(plan.to_dict(), indent=2) + '\n')
         except OSError:  # of a disk that has filled up since the run began
-            if not (workdir / PLAN_FILE).exists():
+            if is_changed or not (workdir / PLAN_FILE).exists():
                 raise
+        if is_changed:  # after the plan: with a config that is the same the plan has to be
+            write_whole(workdir / CONFIG_FILE, to_json(config))
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
 
@@ -203,11 +203,27 @@ def _advice(differing: list[str]) -> str:
     return ', or go on with this schedule: --allow_schedule_change'
 
 
-def _num_examples(plan_file: pathlib.Path) -> int | None:
+def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
+    """Refuses a plan that is not the one that a run began with, though its config may be the same."""
     try:
-        return json.loads(plan_file.read_text(encoding='utf-8'))['num_examples']
+        before = json.loads((workdir / PLAN_FILE).read_text(encoding='utf-8'))
+        num_examples, planned = before['num_examples'], before['planned']
+        stages = [(stage['start'], stage['batch_size']) for stage in before['stages']]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # not there, or not readable: it is written anew
+        return  # not there, or not readable: it is written anew
+    if num_examples != plan.clock.num_examples:
+        raise ConfigError(
+            f'workdir: {str(workdir)!r} holds a run on {num_examples} training examples, and the data '
+            f'set has {plan.clock.num_examples} now; bring it back as it was, or choose another '
+            '--workdir'
+        )
+    now = [(stage.start, stage.batch_size) for stage in plan.stages]
+    if planned and not is_changed and stages != now:  # the run to replay may be another
+        sizes = ' and '.join(', '.join(str(size) for _, size in each) for each in (stages, now))
+        raise ConfigError(
+            f'workdir: {str(workdir)!r} holds a run with other stages than its config gives now (batch '
+            f'sizes {sizes}); bring back what batch.policy goes by, or choose another --workdir'
+        )
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

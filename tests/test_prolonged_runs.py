@@ -30,6 +30,23 @@ def test_a_run_that_was_prolonged_is_replayed_as_a_whole_and_not_before_its_end(
     assert [s.batch_size for s in of_all.stages] == [*(s.batch_size for s in of_first.stages), 8]
 
 
+def test_a_replay_of_a_run_that_is_another_now_is_refused_and_left_as_it_is(tmp_path):
+    source, directory = tmp_path / 'source', tmp_path / 'replay'
+    train.train(tiny(**SHORT), source)
+    config = tiny(**SHORT | {'batch.policy': 'replay', 'batch.replay': str(source)})
+    with pytest.raises(train.Preempted):
+        train.train(config, directory, StopAt(3))
+    schedule = json.loads((source / 'schedule.json').read_text())
+    other = schedule | {'stages': schedule['stages'][:1]}
+    (source / 'schedule.json').write_text(json.dumps(other))
+    before = {path: path.read_bytes() for path in directory.rglob('*') if path.is_file()}
+    with pytest.raises(ConfigError, match=r'holds a run with other stages .*batch sizes 8, 16 and 8.;'):
+        train.train(config, directory)
+    assert {path: path.read_bytes() for path in directory.rglob('*') if path.is_file()} == before
+    (source / 'schedule.json').write_text(json.dumps(schedule))
+    assert train.train(config, directory)['kind'] == 'summary'
+
+
 def test_a_schedule_that_cannot_be_written_at_the_end_is_tried_again_by_the_same_command(
     tmp_path, monkeypatch
 ):
