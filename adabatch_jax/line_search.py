@@ -20,7 +20,7 @@ MAX_HALVINGS = 30
 
 def armijo(
     loss: Callable[[Any], jax.Array], params: Any, direction: Any, slope: jax.Array, start: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Halves a step size until ``loss(x + a d) <= loss(x) + c a slope``, with c = 0.1.
 
     Args:
@@ -31,14 +31,16 @@ def armijo(
       start: the step size to try first.
 
     Returns:
-      The step size, and whether it was found. Uphill, and where the decrease that is asked for is lost
-      in rounding, none is: then the step size is ``start / 2**30``, and says nothing about later ones.
+      The step size, whether it was found, and where the next search is to begin. Uphill, and where the
+      decrease that is asked for is lost in rounding, none is found: then the step size is
+      ``start / 2**30``, and says nothing about later ones. Where it is 0, all that were tried were too
+      large.
     """
     before = loss(params)
 
     def asks(halvings, size):
         bound = before + SUFFICIENT_DECREASE * size * slope
-        return bound, (halvings < MAX_HALVINGS) & (bound < before)
+        return bound, (halvings <= MAX_HALVINGS) & (bound < before)
 
     def fails(carry):
         moved = jax.tree.map(lambda x, d: x + carry[1] * d, params, direction)
@@ -48,7 +50,9 @@ def armijo(
     halve = lambda carry: (carry[0] + 1, carry[1] / 2)  # noqa: E731
     halvings, size = lax.while_loop(fails, halve, (jnp.int32(0), start))
     _, is_found = asks(halvings, size)
-    return jnp.where(is_found, size, start / 2**MAX_HALVINGS), is_found
+    smallest, is_exhausted = start / 2**MAX_HALVINGS, halvings > MAX_HALVINGS
+    following = jnp.where(is_found, size, jnp.where(is_exhausted, smallest, start))
+    return jnp.where(is_found, size, jnp.where(is_exhausted, 0.0, smallest)), is_found, following
 
 
 def barzilai_borwein(

@@ -19,7 +19,7 @@ def search(start, direction=None):
     gradient = jax.grad(loss)(X)
     direction = direction or jax.tree.map(jnp.negative, gradient)
     slope = jnp.vdot(gradient['w'], direction['w'])
-    size, is_found = jax.jit(line_search.armijo, static_argnums=0)(loss, X, direction, slope, start)
+    size, is_found, _ = jax.jit(line_search.armijo, static_argnums=0)(loss, X, direction, slope, start)
     assert is_found == (slope < 0)
     return float(size)
 
@@ -36,8 +36,17 @@ def test_armijo_takes_the_first_half_that_decreases_enough(start):
 def test_armijo_gives_up_uphill_and_where_the_loss_is_not_finite():
     assert search(1.0, {'w': H * X['w']}) < 1e-6
     for nowhere in (lambda x: x['w'][0] * jnp.nan, lambda x: 1.0 + 0 * x['w'][0]):
-        size, is_found = line_search.armijo(nowhere, X, X, jnp.float32(-1.0), jnp.float32(1.0))
-        assert size == 2.0**-30 and not is_found
+        size, is_found, then = line_search.armijo(nowhere, X, X, jnp.float32(-1.0), jnp.float32(1.0))
+        assert size == 2.0**-30 and not is_found and then == 1.0
+
+
+def test_armijo_takes_no_step_that_it_has_not_tried_and_comes_down_to_the_right_ones():
+    """Of ``x**2`` at 1 steps of up to (1 - c) along its gradient will do: from 2^40, the 41st half."""
+    x, square = jnp.float32(1.0), lambda x: x**2
+    size, is_found, then = line_search.armijo(square, x, -2 * x, -4 * x, 2.0**40)
+    assert size == 0 and not is_found and then == 2.0**10
+    size, is_found, then = line_search.armijo(square, x, -2 * x, -4 * x, then)
+    assert size == then == 0.5 and is_found
 
 
 @pytest.mark.parametrize('fraction', [0.25, 1.0])

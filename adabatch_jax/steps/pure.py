@@ -47,7 +47,8 @@ def train_step(
       state: replicated train state.
       batch: this device's ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``, or what
         ``spec.load`` makes them of: the whole data set, ``data``, and the ``example`` and ``epoch``
-        ``[n]`` to take from it. Examples with the label -1 are left out.
+        ``[n]`` to take from it. An example with the label -1 counts in no sum and adds nothing to the
+        gradient, which is divided by the size of the batch all the same; BatchNorm sees its pixels.
       learning_rate: float32 scalar of this update. With another rule than ``'schedule'`` it is where the
         search begins in the first update, and later a factor of where the last one ended.
       examples_seen: uint32 scalar, the clock after this update.
@@ -312,17 +313,16 @@ def _search(
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
     grads = with_penalty(grads, state.params)
     slope = gradient_statistics.inner_product(grads, direction)
-    size, is_found = line_search.armijo(objective, state.params, direction, slope, start)
+    size, is_found, following = line_search.armijo(objective, state.params, direction, slope, start)
     step = jax.tree.map(lambda d: size * d, direction)
     params = optax.apply_updates(state.params, step)
-    following = size
     if spec.rule == 'barzilai_borwein':
         there = with_penalty(batch_gradient(spec, state.replace(params=params), batch), params)
         change = jax.tree.map(jnp.subtract, there, grads)
         noise = sums['variance'] / spec.batch_size / gradient_statistics.squared_norm(grads)
         noise = jnp.where(spec.fraction < 1, noise, 0.0)
-        following = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)
-    following = jnp.where(is_found, following, start)
+        curved = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)
+        following = jnp.where(is_found, curved, following)
     return params, optax.tree.set(opt_state, learning_rate=following), size
 
 
