@@ -3,7 +3,8 @@
 Devarakonda, Naumov and Garland, "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks",
 2017: 100 epochs of SGD with momentum 0.9 and weight decay 5e-4 on all parameters, random crops of
 images padded by 4 pixels, random flips, partial batches dropped. The batch doubles every 20 epochs. The
-effective learning rate falls to 0.375 at the same epochs, so the learning rate falls by 0.75 a stage.
+effective learning rate falls to 0.375 at the same epochs, so the learning rate falls to 0.75 of itself a
+stage.
 
     python -m adabatch_jax.main --config=configs/cifar10_resnet20_adabatch.py --workdir=runs/adabatch
 

@@ -2,8 +2,8 @@
 
 The path of imagenet_adabatch.py at the scale of a small machine: encoded images, random crops and flips,
 and a batch that doubles every epoch from 64 to 1024 while the effective learning rate falls to 0.375:
-the learning rate falls by 0.75 a stage. Random crops keep a quarter of the area or more, since an image
-of 64 pixels has less to spare than one of ImageNet.
+the learning rate falls to 0.75 of itself a stage. Random crops keep a quarter of the area or more, since
+an image of 64 pixels has less to spare than one of ImageNet.
 
     python -m adabatch_jax.main --config=configs/tiny_imagenet_resnet18.py --workdir=runs/tiny \\
       --config.dataset.data_dir=DIR
