@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from adabatch_jax import input_pipeline, models, optimizers, schedules, variance_reduction
 from adabatch_jax.config import ConfigError, flatten, user_errors
 
+MOST_EVALUATIONS = 2**32 - 1  # that the train state can count
+
 
 def reduced(experiment):
     """An ``Experiment`` with what takes noise out of its gradients, as ``config.optimizer`` says.
@@ -64,10 +66,16 @@ def reduced(experiment):
                 f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes {last:,} snapshots; '
                 f'accepted: what makes {variance_reduction.MOST_SNAPSHOTS:,} at most'
             )
-    sizes = [snapshots.size(number) for number in range(last + 1)]
+        sizes = [snapshots.size(number) for number in range(last + 1)]
+        evaluations = 2 * total + sum(sizes)
+        if evaluations > MOST_EVALUATIONS:
+            raise ValueError(
+                f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes up to {evaluations:,} '
+                f'gradients of examples; accepted: what makes {MOST_EVALUATIONS:,} at most'
+            )
     note = (
         f'{experiment.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
-        f'{2 * total + sum(sizes):,} gradients of examples at most.'
+        f'{evaluations:,} gradients of examples at most.'
     ).strip()
     return dataclasses.replace(
         experiment, model=model, reduction=reduction, snapshots=snapshots, note=note

@@ -528,6 +528,11 @@ def test_many_parts_of_a_snapshot_do_not_wait_for_one_another(tmp_path):
             {'optimizer.svrg.snapshot_passes': 1e-6, 'num_epochs': 1000.0},
             'svrg.snapshot_passes: got 1e-06, which',
         ),
+        (
+            'svrg',
+            {'optimizer.svrg.snapshot_passes': 1000.0, 'num_epochs': 2.4e7},
+            'svrg.snapshot_passes: got 1000, which makes up to 5,76',
+        ),
         ('sgd', {'model.batch_norm': 'frozen'}, "model.batch_norm: got 'frozen'; accepted: local, sync"),
     ],
 )
