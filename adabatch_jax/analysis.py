@@ -169,7 +169,8 @@ def analyze(
       ConfigError: no run there, or no data.
     """
     compilation_cache.enable(config.compile.cache_dir)
-    workdir, experiment = pathlib.Path(workdir), describe(config, num_devices=1)  # which is the first
+    workdir = pathlib.Path(workdir).expanduser()
+    experiment = describe(config, num_devices=1)  # which is the first
     folder = workdir / checkpoint.FOLDER
     steps = _chosen(folder, which)
     with user_errors('config.dataset'):

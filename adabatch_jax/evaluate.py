@@ -69,7 +69,7 @@ def evaluate_checkpoint(
     """
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     run = describe(config, num_devices=1)  # the batches of training need not fit these devices
-    folder = pathlib.Path(workdir, checkpoint.FOLDER)
+    folder = pathlib.Path(workdir, checkpoint.FOLDER).expanduser()
     state = run.initial_state()
 
     def read():

@@ -2,8 +2,9 @@
 
     python -m adabatch_jax.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
 
-Exit status: 0 success; 2 a mistake in config or input, told in one line on standard error; 3 training
-diverged; 130 interrupted; 143 stopped by SIGTERM after saving.
+Exit status: 0 success; 1 a failure inside, or another one of several processes lost (134 where JAX saw
+it first); 2 a mistake in config or input, told in one line on standard error; 3 training diverged; 130
+interrupted; 143 stopped by SIGTERM after saving.
 """
 
 from adabatch_jax import malloc
@@ -250,7 +251,12 @@ def sigterm() -> Iterator[threading.Event]:
     if not distributed.is_alone():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def ask(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `set` is not for a second one within it
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield stop
     finally:

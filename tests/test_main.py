@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from adabatch_jax import evaluate, metrics, train, train_state
 from adabatch_jax import main as command
-from adabatch_jax import metrics, train_state
+from adabatch_jax.config import resolve
+from adabatch_jax.workdir import read_config
 
 TINY = """
 from adabatch_jax.config import default_config
@@ -259,6 +261,10 @@ def test_a_work_directory_may_be_in_the_home_folder(tiny_file, tmp_path, monkeyp
     monkeypatch.setenv('HOME', str(tmp_path))
     assert call(f'--config={tiny_file}', '--workdir=~/runs/a', '--config.num_epochs=0.25') == 0
     assert (tmp_path / 'runs/a/config.json').exists()
+    assert train_state.restore('~/runs/a').step > 0
+    config = read_config(tmp_path / 'runs/a')
+    assert evaluate.evaluate_checkpoint(resolve(config), '~/runs/a')['step'] == 2
+    assert train.train(config, '~/runs/a')['updates'] == 2
 
 
 def test_the_plan_shows_the_highest_rate_of_a_stage(tiny_file, capsys):
@@ -322,6 +328,20 @@ def test_help_explains_the_flags(capsys):
     assert call('--help') == 0
     shown = capsys.readouterr().out
     assert '--workdir' in shown and 'Exit status' in shown
+
+
+def test_sigterm_while_the_first_one_is_taken_in_is_not_waited_for(monkeypatch):
+    calls = []
+    with command.sigterm() as stop:
+
+        def set_():  # as if the second one came within `set`, whose lock is held then
+            calls.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(stop, 'set', set_)
+        signal.raise_signal(signal.SIGTERM)
+    assert calls == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_sigterm_saves_exits_with_143_and_the_same_command_continues(tiny_file, tmp_path, command_line):
