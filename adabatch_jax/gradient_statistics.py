@@ -8,8 +8,10 @@ mean gradient of group j and ``G_B`` the mean of them all, two scalars are enoug
     |G|^2     ~ G2 = m - S / B
 
 ``Sigma`` is the covariance of the gradients of single examples and G their mean over the population;
-both estimates are unbiased (McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
-appendix A.1, with its small batch b and its large batch B). For Gaussian noise::
+both estimates are unbiased for examples drawn from it (McCandlish et al., "An Empirical Model of
+Large-Batch Training", 2018, appendix A.1, with its small batch b and its large batch B). Of N training
+examples that have been seen before, G2 falls short of the squared norm of their mean by S / N. For
+Gaussian noise::
 
     Var(S)  = 2 tr(Sigma^2) / (n - 1)
     Var(G2) = 4 G' Sigma G / B + 2 tr(Sigma^2) / (n (n - 1) b^2)

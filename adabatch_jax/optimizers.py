@@ -73,7 +73,7 @@ def create(
         learning rate outside the buffer, which needs no momentum correction when the rate changes
         (Goyal et al., 2017, section 3). ``svrg``, ``saga``, ``dynasaga``: the same, of gradients with
         less noise, see ``variance_reduction``. ``lars``: see ``scale_by_lars``. The others are optax's.
-      momentum: m of sgd and LARS; 0 keeps no buffer.
+      momentum: m of sgd and LARS; 0 keeps no buffer, but in optax's LARS.
       nesterov: look-ahead momentum of sgd and LARS.
       weight_decay: coefficient; added to the gradient, or to the update for adamw and lamb.
       decayed: ``'all'`` parameters, or ``'kernels'``: neither biases nor BatchNorm parameters, as
@@ -81,7 +81,7 @@ def create(
       trust_coefficient: eta of LARS.
       beta1: decay of the first moment of adam, adamw and lamb.
       beta2: decay of their second moment.
-      epsilon: added to a denominator.
+      epsilon: added to a denominator; with adagrad to the sum of squares under its root.
 
     Raises:
       ValueError: an unknown name, or an unknown choice of ``decayed``.

@@ -18,7 +18,9 @@ its noise vanishes as w approaches s; the mixed form is unbiased whatever B is, 
 the examples outside B. Weight decay stays outside: the optimizer adds it exactly. What differs from one
 evaluation of a gradient to the next, such as crops, dropout and BatchNorm's statistics, has to be the
 same for ``f_i'(w)`` and ``f_i'(s)``: both are taken of the same images, with the same random key, and
-with running statistics, which are estimated anew on B at each snapshot and then stay as they are.
+with running statistics, which are estimated anew on B at each snapshot and then stay as they are. Only
+mu is of the crops and the dropout of the snapshot's own moment: with those the mixed form is unbiased
+but for what they make of mu.
 """
 
 import bisect
