@@ -99,8 +99,7 @@ def run(
     path, has_variant, variant = original.partition('.py:')
     path = pathlib.Path(path.removesuffix('.py') + '.py').absolute()
     argument = repr(variant) if has_variant else ''
-    for name, run_config in runs.items():  # before anything is written
-        workdir.check(resolve(run_config), directory / name)
+    _check(runs, directory)  # before anything is written
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')
@@ -123,6 +122,18 @@ def run(
         compared = f'{directory / "report.html"}: {page.num_runs} runs compared'
         terminal.say('\n'.join([*page.notes, compared]))
     return worst
+
+
+def _check(runs: dict[str, ml_collections.ConfigDict], directory: pathlib.Path) -> None:
+    """Refuses a directory that the runs cannot have."""
+    if ':' in str(directory):
+        raise ConfigError(
+            f'--workdir: got {str(directory)!r} with --sweep; accepted: paths without a colon, after '
+            'which --config names a variant; choose another name'
+        )
+    with user_errors('workdir'):
+        for name, config in runs.items():
+            workdir.check(resolve(config), directory / name)
 
 
 def _train(file: pathlib.Path, directory: pathlib.Path, quiet: bool) -> int:

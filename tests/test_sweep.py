@@ -79,6 +79,21 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments, messa
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('at 12:30', 'accepted: paths without a colon'),
+        ('long' * 100, 'workdir: [Errno 36] File name too long'),
+    ],
+)
+def test_a_directory_that_a_sweep_cannot_have_is_told_in_a_line(tmp_path, name, message, capsys):
+    arguments = (f'--workdir={tmp_path / name}', '--sweep', '--policies=adaptive')
+    assert main.main(['main', CONFIG, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_of_other_runs_is_refused_and_leaves_these_as_they_are(tmp_path):
     other = config()
     (tmp_path / 'fixed_small-1').mkdir()
