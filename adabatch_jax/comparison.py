@@ -171,15 +171,15 @@ class Group:
         """Mean ``x``, and mean, smallest and largest ``y`` of the runs, as far as all have come.
 
         They are compared where they have seen as many examples, since no two take as long; between the
-        points of a run it is taken for linear.
+        points of a run it is taken for linear. The points are those of the first run, and the ends of
+        what all have: where batches differ, no two end an epoch after as many examples.
         """
         curves = [run.curve(kind, 'examples_seen', x, y) for run in self.runs]
         curves = [curve for curve in curves if len(curve[0])]
         if not curves:
             return (np.array([]),) * 4
-        seen = curves[0][0]
-        common = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
-        seen = seen[(seen >= common[0]) & (seen <= common[1])]
+        begin, end = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
+        seen = np.unique(np.clip(curves[0][0], begin, end)) if begin <= end else np.array([])
         positions, values = (
             np.stack([np.interp(seen, curve[0], curve[k]) for curve in curves]) for k in (1, 2)
         )
