@@ -66,6 +66,16 @@ class Run:
         return found[-1] if found else None
 
     @property
+    def train_seconds(self) -> float | None:
+        """Of its updates, and of the probes that its policy decided by; None where it is not finished.
+
+        Probes are updates too, which a run without that policy does not need.
+        """
+        if self.summary is None:
+            return None
+        return self.summary['train_seconds'] + (self._field(self.summary, 'probe_seconds') or 0.0)
+
+    @property
     def epoch(self) -> float:
         """How far it has come."""
         return max((record.get('epoch') or 0.0 for record in self.records), default=0.0)
@@ -289,9 +299,10 @@ def comparison_rows(groups: Sequence[Group]) -> list[Record]:
 
     Returns:
       For each group ``label``, ``runs``, ``finished``, ``epochs``, ``batch_sizes`` (smallest and
-      largest), and spreads, None where no run is finished: ``updates``, ``accuracy``, ``train_seconds``,
-      ``epoch_seconds`` (training, an epoch) and ``wall_seconds``; ``accuracy_difference`` from the first
-      group's mean, and ``speedup`` and ``wall_speedup`` over it, None where it is not known.
+      largest), and spreads, None where no run is finished: ``updates``, ``accuracy``, ``train_seconds``
+      (with those of probes), ``epoch_seconds`` (the same, an epoch) and ``wall_seconds``;
+      ``accuracy_difference`` from the first group's mean, and ``speedup`` and ``wall_speedup`` over it,
+      None where it is not known.
     """
     rows = []
     for g in groups:
@@ -304,11 +315,9 @@ def comparison_rows(groups: Sequence[Group]) -> list[Record]:
             'batch_sizes': (min(sizes), max(sizes)) if sizes else None,
             'updates': g.of_summary('updates'),
             'accuracy': g.of_summary('final_accuracy'),
-            'train_seconds': g.of_summary('train_seconds'),
+            'train_seconds': g.mean(run.train_seconds for run in g.runs),
             'wall_seconds': g.of_summary('wall_seconds'),
-            'epoch_seconds': g.mean(
-                run.summary['train_seconds'] / run.epoch for run in g.runs if run.summary and run.epoch
-            ),
+            'epoch_seconds': g.mean(r.train_seconds / r.epoch for r in g.runs if r.summary and r.epoch),
         }
         first = rows[0] if rows else row
 

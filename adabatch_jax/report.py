@@ -95,10 +95,10 @@ def comparison_table(groups: Sequence[Group]) -> Table:
     )  # fmt: skip
     note = (
         'Means over seeds, with the smallest and the largest; batch sizes: of all stages. Training: '
-        'forward, backward and update, without evaluation, checkpoints and waiting for compilation; '
-        'speed-ups are over the first run, the one of wall time with its set-up and all else. Curves '
-        'reach as far as all seeds have come, bands from the lowest seed to the highest; dotted lines: '
-        'transitions of the first seed.'
+        'forward, backward and update, and all that probes of critical_batch take, without evaluation, '
+        'checkpoints and waiting for compilation; speed-ups are over the first run, the one of wall '
+        'time with its set-up and all else. Curves reach as far as all seeds have come, bands from the '
+        'lowest seed to the highest; dotted lines: transitions of the first seed.'
     )
     return Table('Comparison', columns, rows, note)
 

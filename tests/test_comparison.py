@@ -1,10 +1,12 @@
 """Runs put together: of which seeds, and how far."""
 
+import json
+
 import numpy as np
 import pytest
 from test_report import write_run
 
-from adabatch_jax import comparison
+from adabatch_jax import comparison, report
 
 
 def test_a_mean_curve_ends_where_the_shortest_run_does(tmp_path):
@@ -15,6 +17,22 @@ def test_a_mean_curve_ends_where_the_shortest_run_does(tmp_path):
     np.testing.assert_allclose(x, [1, 2])
     (row,) = comparison.comparison_rows([group])
     assert row['epochs'] == 3 and row['finished'] == 1
+
+
+def test_the_seconds_of_probes_are_training_of_the_run_that_needs_them(tmp_path):
+    write_run(tmp_path / 'fixed', sizes=(10, 10), seconds=10.0)
+    folder = write_run(tmp_path / 'probing', 'critical_batch', sizes=(10, 50), seconds=6.0)
+    file = folder / 'metrics.jsonl'
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[-1] |= {'probe_seconds': 4.0}
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in ('fixed', 'probing')])
+    fixed, probing = comparison.comparison_rows(groups)
+    assert fixed['train_seconds'].mean == 2 * 10
+    assert probing['train_seconds'].mean == 2 * 6 + 4
+    assert probing['epoch_seconds'].mean == (2 * 6 + 4) / 2
+    assert probing['speedup'] == 20 / 16
+    assert 'probes' in report.comparison_table(groups).note
 
 
 def evaluated(folder, ends, slope):
