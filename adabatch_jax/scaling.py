@@ -13,6 +13,7 @@ not to the second how long it takes.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -159,16 +160,18 @@ class Model:
                 break
         return found
 
-    def run(self, stages: Iterable[Stage], num_devices: int, worthwhile: bool = False) -> float:
-        """Seconds of all updates, on all devices or in each stage on those of them that pay off."""
-        return sum(
-            stage.num_updates
-            * self.update(
-                stage.batch_size,
-                self.worthwhile(stage.batch_size, num_devices) if worthwhile else num_devices,
-            )
-            for stage in stages
-        )
+    def run(self, stages: Iterable[Stage], num_devices: int) -> float:
+        """Seconds of all updates, on all devices."""
+        return sum(stage.num_updates * self.update(stage.batch_size, num_devices) for stage in stages)
+
+    def worthwhile_run(self, plan: Plan, num_devices: int) -> float:
+        """Seconds of all updates, in each stage on devices that pay off and can share its batch."""
+        total = 0.0
+        for stage in plan.stages:
+            can_split = functools.partial(plan.can_split, stage.batch_size)
+            paying = self.worthwhile(stage.batch_size, num_devices, can_split)
+            total += stage.num_updates * self.update(stage.batch_size, paying)
+        return total
 
 
 def computation(
@@ -207,7 +210,7 @@ def predictions(model: Model, fixed: Plan, adaptive: Plan, devices: Sequence[int
             'devices': count,
             'fixed': model.run(fixed.stages, count),
             'adaptive': model.run(adaptive.stages, count),
-            'worthwhile': model.run(adaptive.stages, count, worthwhile=True),
+            'worthwhile': model.worthwhile_run(adaptive, count),
         }
         for count in devices
     ]

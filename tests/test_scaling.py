@@ -1,5 +1,6 @@
 """The model of many devices, against closed forms, and what the commands make of it."""
 
+import dataclasses
 import json
 import math
 
@@ -231,6 +232,15 @@ def test_where_devices_do_not_pay_off_a_prediction_for_those_that_do_is_that_of_
     fixed, adaptive = plans()
     one, many = scaling.predictions(model(network=(1e3, 0.0)), fixed, adaptive, [1, 16])
     assert many['worthwhile'] == one['worthwhile'] == one['adaptive'] < many['adaptive']
+
+
+def test_a_prediction_takes_no_devices_that_the_groups_of_batch_norm_leave_out():
+    """Groups of 8 leave 2 devices for a batch of 16, though each further one would pay off."""
+    fixed, _ = plans()
+    grouped = dataclasses.replace(fixed, microbatch_multiple=8)
+    rows = scaling.predictions(model(fixed=0.0), fixed, grouped, [1, 2, 16])
+    whole = 4096 * 0.1
+    assert [row['worthwhile'] for row in rows] == pytest.approx([whole, whole / 2, whole / 2])
 
 
 def test_computation_is_a_tenth_of_what_was_timed_at_least():
