@@ -343,8 +343,12 @@ def _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
 
 
 def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.ConfigDict:
-    """The config with one batch size throughout: with a run's first one its control."""
+    """The config with one batch size throughout: with a run's first one its control.
+
+    The learning rate goes with the batch size as the run's does; see ``policies.control_coupling``.
+    """
     config = config.copy_and_resolve_references()
+    config.learning_rate.coupling = policies.control_coupling(config)
     config.batch.policy, config.batch.base_size = 'fixed', batch_size
     return config
 

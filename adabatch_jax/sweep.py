@@ -1,8 +1,9 @@
 """The comparison that everybody wants first: several policies and seeds, one run after the other.
 
 Each run is a process of its own, and continues where an earlier sweep was stopped. All have the same
-epochs, data and effective learning rate, and the coupling of the adaptive one. In the directory of the
-sweep each has its work directory and, beside it, its config; a report compares them.
+epochs, data, effective learning rate and coupling, and all but the largest begin with the same batch.
+In the directory of the sweep each has its work directory and, beside it, its config; a report compares
+them.
 """
 
 import contextlib
@@ -43,6 +44,8 @@ def configs(
 ) -> dict[str, ml_collections.ConfigDict]:
     """The configs of a sweep by the names of their runs, the seeds of a policy together.
 
+    What would be the same as one before it is left out.
+
     Args:
       config: of the adaptive run.
       names: of ``POLICIES``, or any ``batch.policy``.
@@ -51,21 +54,20 @@ def configs(
     Raises:
       ConfigError: one of them has a mistake.
     """
-    adaptive = describe(resolve(config))
+    plan = describe(resolve(config)).plan
     found = {}
     for name in names:
+        size = plan.ladder[-1] if name == FIXED_LARGE else plan.stages[0].batch_size
         for seed in seeds:
-            run = config.copy_and_resolve_references()
-            run.seed = seed
-            run.learning_rate.coupling = adaptive.learning_rate.coupling
-            if name == FIXED_SMALL:
-                run = fixed(run, adaptive.plan.stages[0].batch_size)
-            elif name == FIXED_LARGE:
-                run = fixed(run, adaptive.plan.ladder[-1])
-            elif name != ADAPTIVE:
+            run = fixed(config, size)
+            if name == ADAPTIVE:
+                run.batch.policy, run.batch.base_size = config.batch.policy, config.batch.base_size
+            elif name not in (FIXED_SMALL, FIXED_LARGE):
                 run.batch.policy = name
+            run.seed = seed
             describe(resolve(run))
-            found[f'{name}-{seed}'] = run
+            if run not in found.values():
+                found[f'{name}-{seed}'] = run
     return found
 
 
@@ -100,6 +102,9 @@ def run(
     path = pathlib.Path(path.removesuffix('.py') + '.py').absolute()
     argument = repr(variant) if has_variant else ''
     _check(runs, directory)  # before anything is written
+    left_out = sorted({f'{name}-{seed}' for name in names for seed in seeds} - runs.keys())
+    if left_out and not quiet:
+        terminal.say(f'the same as another run, and left out: {", ".join(left_out)}')
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')

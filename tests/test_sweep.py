@@ -42,6 +42,52 @@ def test_adascale_is_swept_with_policies_that_have_a_coupling():
     assert train.plan(runs['adascale-0']).learning_rate.coupling == 'none'
 
 
+def rates(config):
+    """Of the first and the last update with each batch size."""
+    stages = train.plan(config).stages
+    return [(s.batch_size, s.learning_rate_start, s.learning_rate_end) for s in stages]
+
+
+@pytest.mark.parametrize(
+    'changes, ratio',
+    [
+        ({}, 2),
+        ({'optimizer.name': 'adam'}, 2**0.5),
+        ({'learning_rate.coupling': 'sqrt'}, 2**0.5),
+        ({'learning_rate.coupling': 'none'}, 1),
+    ],
+)
+def test_controls_of_adascale_have_the_rates_that_they_have_by_themselves(changes, ratio):
+    """The gain is of adascale alone: without a coupling a large batch would train at the small one's."""
+    adaptive = config()
+    changes = {'batch.stages': ((0, 8), (1, 16)), 'learning_rate.schedule': 'constant'} | changes
+    adaptive.update_from_flattened_dict(changes | {'batch.policy': 'adascale'})
+    runs = sweep.configs(adaptive, sweep.POLICIES, [0])
+    assert rates(runs['adaptive-0']) == [(8, 0.01, 0.01), (16, 0.01, 0.01)]  # times the gain
+    assert rates(runs['fixed_small-0']) == [(8, 0.01, 0.01)]
+    ((size, *rate),) = rates(runs['fixed_large-0'])
+    assert size == 16 and rate == pytest.approx([0.01 * ratio] * 2)
+    by_hand = adaptive.copy_and_resolve_references()
+    by_hand.batch.policy, by_hand.batch.base_size = 'fixed', 16
+    assert rates(by_hand) == rates(runs['fixed_large-0'])
+
+
+def test_what_would_be_the_same_run_is_trained_once():
+    adaptive = config()
+    adaptive.batch.policy, adaptive.batch.base_size = 'adascale', 16
+    assert list(sweep.configs(adaptive, sweep.POLICIES, [0, 1])) == [
+        'fixed_small-0', 'fixed_small-1', 'adaptive-0', 'adaptive-1',
+    ]  # fmt: skip
+
+
+def test_policies_begin_with_the_batch_that_the_adaptive_run_begins_with():
+    adaptive = config()
+    stages = {'batch.policy': 'stages', 'batch.stages': ((0, 16), (1, 32)), 'batch.max_size': 64}
+    adaptive.update_from_flattened_dict(stages)  # base_size is 8, of no account
+    runs = sweep.configs(adaptive, ['fixed', 'adaptive', 'noise_scale'], [0])
+    assert [train.plan(run).stages[0].batch_size for run in runs.values()] == [16, 16, 16]
+
+
 def test_a_sweep_trains_each_run_compares_them_and_goes_on_where_it_was_stopped(command_line, tmp_path):
     arguments = (CONFIG, f'--workdir={tmp_path}', '--sweep', '--quiet')
     arguments += ('--config.num_epochs=1', '--config.batch.growth_epochs=0.5')

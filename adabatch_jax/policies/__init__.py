@@ -27,6 +27,7 @@ __all__ = [
     'State',
     'as_saved',
     'control',
+    'control_coupling',
     'coupling',
     'create',
 ]
@@ -91,8 +92,7 @@ def coupling(config) -> str:
     and Scaling Rules for Adaptive Gradient Algorithms", 2022), whose steps do not grow with the
     gradient.
     """
-    replaces = getattr(_module(config), 'REPLACES_COUPLING', False)
-    if replaces or config.learning_rate.rule != 'schedule':
+    if _replaces_coupling(config) or config.learning_rate.rule != 'schedule':
         return 'none'
     if config.learning_rate.coupling != 'auto':
         return config.learning_rate.coupling
@@ -105,6 +105,22 @@ def coupling(config) -> str:
             f'COUPLING = {" or ".join(map(repr, COUPLINGS))}'
         )
     return _suited(own, config)
+
+
+def control_coupling(config) -> str:
+    """The coupling of a run's controls: its own, or where its policy has something in its place another.
+
+    That is then ``config.learning_rate.coupling``, or where it is ``'auto'`` the one of ``fixed``.
+    """
+    if not _replaces_coupling(config):
+        return coupling(config)
+    if config.learning_rate.coupling != 'auto':
+        return config.learning_rate.coupling
+    return _suited(POLICIES['fixed'].COUPLING, config)
+
+
+def _replaces_coupling(config) -> bool:
+    return getattr(_module(config), 'REPLACES_COUPLING', False)
 
 
 def _suited(own: str, config) -> str:
@@ -122,7 +138,7 @@ def control(config, policy: Policy, used: str) -> str:
       used: its coupling, from ``coupling``.
     """
     rate = config.learning_rate
-    is_replaced = rate.rule != 'schedule' or getattr(_module(config), 'REPLACES_COUPLING', False)
+    is_replaced = rate.rule != 'schedule' or _replaces_coupling(config)
     is_reference = policy.transitions[0].batch_size == rate.reference_batch_size
     if rate.coupling != 'auto' or is_replaced or is_reference:
         return ''
