@@ -520,3 +520,44 @@ def test_the_plan_tells_the_coupling_that_a_control_needs(changes, expected):
         control = config.copy_and_resolve_references()
         control.batch.policy, control.learning_rate.coupling = 'fixed', expected
         assert policies.coupling(control) == policies.coupling(config)
+
+
+def begins_with(config):
+    """The first batch size of a run and its coupled learning rate, before any gain."""
+    coupling = policies.coupling(config)
+    rate = schedules.LearningRate(0.1, coupling, config.learning_rate.reference_batch_size)
+    policy = policies.create(resolve(config), rate, schedules.Clock(1000, 9))
+    first = policy.transitions[0].batch_size
+    return first, rate(0.0, first), policies.control(config, policy, coupling)
+
+
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        ({'batch.policy': 'stages'}, '--config.batch.base_size=32'),
+        ({'batch.policy': 'adascale'}, '--config.batch.base_size=32'),
+        ({'batch.policy': 'stages', 'batch.base_size': 32}, ''),
+        ({'batch.policy': 'adascale', 'batch.stages': ()}, ''),
+        ({'batch.policy': 'replay'}, '--config.batch.base_size=32 --config.learning_rate.coupling=sqrt'),
+        ({'batch.policy': 'replay', 'batch.base_size': 32}, '--config.learning_rate.coupling=sqrt'),
+    ],
+)
+def test_the_plan_tells_the_batch_that_a_control_needs(changes, expected, tmp_path):
+    """It begins with the batch that the run begins with, at the rate that the coupling gives that."""
+    stages = [{'examples_seen': 0, 'batch_size': 32, 'reason': 'begins'}]
+    found = {'policy': 'simigrad', 'num_examples': 1000, 'num_epochs': 9, 'coupling': 'sqrt'}
+    found |= {'statistics': 'norms', 'max_per_device': 16, 'stages': stages}
+    (tmp_path / 'schedule.json').write_text(json.dumps(found))
+    config = default_config()
+    given = {'batch.base_size': 64, 'batch.stages': ((0, 32), (1, 64)), 'batch.replay': str(tmp_path)}
+    config.update_from_flattened_dict(given | changes)
+    first, rate, said = begins_with(config)
+    assert said == (f'Its control: --config.batch.policy=fixed {expected}.' if expected else '')
+    flags = dict(flag.removeprefix('--config.').split('=') for flag in expected.split())
+    control = config.copy_and_resolve_references()
+    control.batch.policy = 'fixed'
+    control.batch.base_size = int(flags.get('batch.base_size', control.batch.base_size))
+    control.learning_rate.coupling = flags.get('learning_rate.coupling', 'auto')
+    assert begins_with(control)[0] == first
+    if changes['batch.policy'] != 'adascale':  # which has its gain in place of a coupling
+        assert begins_with(control)[1] == rate

@@ -130,21 +130,22 @@ def _suited(own: str, config) -> str:
 def control(config, policy: Policy, used: str) -> str:
     """What the matched control of a run needs beside ``batch.policy=fixed``, in words; mostly nothing.
 
-    The coupling that the run has, where that of ``fixed`` would give its first batch size another rate.
+    The run's first batch size, where it is not ``batch.base_size``; and the coupling that the run has,
+    where that of ``fixed`` would give that batch size another rate.
 
     Args:
       config: of the run.
       policy: what ``create`` makes of it.
       used: its coupling, from ``coupling``.
     """
-    rate = config.learning_rate
+    rate, first, needed = config.learning_rate, policy.transitions[0].batch_size, ''
+    if first != config.batch.base_size:
+        needed += f' --config.batch.base_size={first}'
     is_replaced = rate.rule != 'schedule' or _replaces_coupling(config)
-    is_reference = policy.transitions[0].batch_size == rate.reference_batch_size
-    if rate.coupling != 'auto' or is_replaced or is_reference:
-        return ''
-    if used == _suited(POLICIES['fixed'].COUPLING, config):
-        return ''
-    return f'Its control: --config.batch.policy=fixed --config.learning_rate.coupling={used}.'
+    is_of_account = rate.coupling == 'auto' and not is_replaced and first != rate.reference_batch_size
+    if is_of_account and used != _suited(POLICIES['fixed'].COUPLING, config):
+        needed += f' --config.learning_rate.coupling={used}'
+    return f'Its control: --config.batch.policy=fixed{needed}.' if needed else ''
 
 
 def _module(config):
