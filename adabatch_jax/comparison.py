@@ -91,6 +91,22 @@ class Run:
         rows = [row for row in rows if None not in row]
         return tuple(np.array(rows, float).reshape(-1, len(names)).T)
 
+    def carried_out(self) -> dict[str, list[str]]:
+        """On what, and how, where times depend on it: what each of its sessions had, by what it is."""
+        found: dict[str, list[str]] = {}
+        for session in self.of_kind('session'):
+            versions = session.get('versions')
+            had = {
+                'kind of device': session.get('device'),
+                'number of devices': session.get('num_devices'),
+                'version of jax': versions.get('jax') if isinstance(versions, dict) else None,
+                'compile.quick': self.config.get('compile.quick', False) if self.config else None,
+            }
+            for what, value in had.items():
+                if value is not None:  # as in records of a version that did not write it
+                    found.setdefault(what, []).append(str(value))
+        return found
+
     def _field(self, record: Record, name: str) -> float | None:
         if name == 'error':
             accuracy = record.get('accuracy')
@@ -256,6 +272,21 @@ def _label(run: Run, config: dict[str, Any], differing: list[str]) -> str:
     keys = filter(is_its, differing)
     parts = [f'{key.rpartition(".")[2].replace("_", " ")} {config.get(key)}' for key in keys]
     return ', '.join(part.removeprefix('policy ').removeprefix('name ') for part in parts) or run.name
+
+
+def unlike(groups: Sequence[Group]) -> list[str]:
+    """What times depend on and is not the same in all runs, or all through one of them; a line each."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in (run for group in groups for run in group.runs):
+        for what, values in run.carried_out().items():
+            for value in dict.fromkeys(values):
+                found.setdefault(what, {}).setdefault(value, []).append(str(run.directory))
+    return [
+        f'times are not of the same {what}: '
+        + '; '.join(f'{value} in {", ".join(runs)}' for value, runs in runs_of.items())
+        for what, runs_of in found.items()
+        if len(runs_of) > 1
+    ]
 
 
 def out_of_the_ordinary(summary: Record) -> str:

@@ -27,7 +27,8 @@ class Page:
     Attributes:
       tables: in order; figures come after the first.
       drawn: figures by the names of their files.
-      notes: what could not be read, which runs are not finished, and what happened to the others.
+      notes: what could not be read, which runs are not finished, what happened to the others, and on
+        which unlike machines.
       num_runs: how many it is of.
     """
 

@@ -212,7 +212,7 @@ def stage_table(group: Group) -> Table:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What could not be read, which runs are not finished, and what happened to the others."""
+    """What could not be read, which runs are not finished or not alike, and what happened to others."""
     found = [
         f'{group.label}: seed {seed} counts {len(runs)} times: '
         + ', '.join(str(run.directory) for run in runs)
@@ -233,7 +233,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
         found += [f'{run.directory}: left out: {line}' for line in shown]
         if more > 0:
             found.append(f'{run.directory}: left out: {more} more lines')
-    return found
+    return found + comparison.unlike(groups)
 
 
 def all_figures(groups: Sequence[Group]) -> dict[str, Any]:

@@ -35,6 +35,53 @@ def test_the_seconds_of_probes_are_training_of_the_run_that_needs_them(tmp_path)
     assert 'probes' in report.comparison_table(groups).note
 
 
+ONE = {'device': 'cpu', 'num_devices': 1, 'versions': {'jax': '0.10.1', 'numpy': '2'}}
+
+
+def on(folder, *sessions, policy='fixed', seed=0, **config):
+    """A made-up run of sessions on these machines, the second from the end of the first epoch on."""
+    write_run(folder, policy, seed=seed, sizes=(10, 10, 10))
+    described = json.loads((folder / 'config.json').read_text()) | config
+    (folder / 'config.json').write_text(json.dumps(described))
+    file = folder / 'metrics.jsonl'
+    first, *records = (json.loads(line) for line in file.read_text().splitlines())
+    records.insert(0, first | sessions[0])
+    for later in sessions[1:]:
+        (at,) = (k for k, r in enumerate(records) if (r['kind'], r['step']) == ('eval', 10))
+        records.insert(at + 1, records[at] | {'kind': 'session'} | later)
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    'what, there, shown',
+    [
+        ('kind of device', {'device': 'NVIDIA H100'}, ('cpu', 'NVIDIA H100')),
+        ('number of devices', {'num_devices': 4}, ('1', '4')),
+        ('version of jax', {'versions': {'jax': '0.11.0'}}, ('0.10.1', '0.11.0')),
+    ],
+)
+def test_times_of_unlike_machines_are_told_in_a_line(tmp_path, what, there, shown):
+    a, b, c, d = (tmp_path / name for name in 'abcd')
+    on(a, ONE)
+    on(b, ONE | there, seed=1)
+    on(c, ONE, policy='adabatch')
+    on(d, ONE, ONE | there)
+    line = f'times are not of the same {what}: {shown[0]} in {{}}; {shown[1]} in {{}}'
+    assert report.page([a, b]).notes == [line.format(a, b)]  # seeds of a group
+    assert report.page([b, c]).notes == [
+        f'times are not of the same {what}: {shown[1]} in {b}; {shown[0]} in {c}'
+    ]
+    assert report.page([d]).notes == [line.format(d, d)]  # its first part here, the second there
+    assert report.page([a, c]).notes == []
+
+
+def test_runs_compiled_in_less_time_are_told_from_the_others(tmp_path):
+    runs = [on(tmp_path / 'a', ONE), on(tmp_path / 'b', ONE, seed=1, compile={'quick': True})]
+    line = 'times are not of the same compile.quick: False in {}; True in {}'
+    assert report.page(runs).notes == [line.format(*runs)]
+
+
 def evaluated(folder, ends, slope):
     """A run that was evaluated after so many examples, its loss a line through 1 at none."""
     records = [
