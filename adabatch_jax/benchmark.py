@@ -7,9 +7,10 @@ For each batch size of the plan: seconds of compiling, cold and from the persist
 pass, of forward and backward, and of a whole update; images per second; memory of a device. Then the
 time of an epoch's forward and backward passes relative to the first batch size, and what the whole run
 would take, adaptive and with its first batch size throughout. Medians of repeats, the batch sizes in
-turn, so that a machine whose speed drifts drifts for all. Images are made up; with --input=real they
-are the data set's, and the speed of the input pipeline by itself is measured too. --run trains
-instead, and tells where the time goes.
+turn, so that a machine whose speed drifts drifts for all. Where the policy asks for more of a step than
+policy fixed does, the step of the latter is measured too. Images are made up; with --input=real they are
+the data set's, and the speed of the input pipeline by itself is measured too. --run trains instead, and
+tells where the time goes.
 
 --scaling also measures how long the devices at hand take to add up gradients, and predicts fixed and
 adaptive runs on 1 to 4096 devices (adabatch_jax.scaling has the model; --plot draws it). Of what is not
@@ -87,18 +88,44 @@ def predicted_seconds(plan: schedules.Plan, measured: list[Measured]) -> float |
     return sum(stage.num_updates * of_update[stage.batch_size] for stage in plan.stages)
 
 
-def control(config) -> schedules.Plan:
-    """The plan of a config's control: its first batch size throughout."""
-    return train.plan(fixed(config, train.plan(config).stages[0].batch_size))
+def control(config, experiment: Experiment) -> Experiment:
+    """A config's control: its first batch size throughout, in microbatches no larger than the run's.
+
+    Args:
+      config: of the run.
+      experiment: the same.
+    """
+    found = describe(resolve(fixed(config, experiment.plan.stages[0].batch_size)))
+    return found.with_microbatches_up_to(experiment.plan.max_per_device)
 
 
-def prediction(config, experiment: Experiment, measured: list[Measured]) -> dict[str, Any]:
+def has_own_step(control: Experiment, experiment: Experiment) -> bool:
+    """Whether a control's updates are not made as those of the run with the same batch size are.
+
+    A run whose policy measures has statistics of gradients in its step, its batch in parts for them,
+    and one update a call.
+    """
+    steps_of = (e.train_specs(control.plan.ladder[0]) for e in (control, experiment))
+    own, other = (next(iter(specs.values())) for specs in steps_of)  # those that are timed
+    return own != other
+
+
+def prediction(
+    config, experiment: Experiment, measured: list[Measured], own: Measured | None = None
+) -> dict[str, Any]:
     """What the updates of the whole run and of its control take; ``speedup`` is of the former.
 
     The control has the run's first batch size throughout. Evaluation, checkpoints and compilation come
     on top; of policies that decide during the run only the control is predicted.
+
+    Args:
+      config: of the run.
+      experiment: the same.
+      measured: of the run's batch sizes.
+      own: of the control, where its step is its own.
     """
-    seconds = {'fixed': predicted_seconds(control(config), measured), 'adaptive': None}
+    plan, of_control = control(config, experiment).plan, [own] if own else measured
+    seconds = {'fixed': predicted_seconds(plan, of_control), 'adaptive': None}
     if experiment.policy.planned:
         seconds['adaptive'] = predicted_seconds(experiment.plan, measured)
     known = all(seconds.values())
@@ -155,7 +182,8 @@ def scaled(
         'all_reduce_seconds': seconds,
     }
     model = scaling.Model.from_benchmark(result | {'scaling': found})
-    rows = scaling.predictions(model, control(config), experiment.plan, scaling.doubled(4096))
+    plan = control(config, experiment).plan
+    rows = scaling.predictions(model, plan, experiment.plan, scaling.doubled(4096))
     terminal.print_scaling(model, rows)
     if values.plot and distributed.is_first():
         with user_errors('--plot'):
@@ -310,15 +338,23 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
     experiment, pipeline = train.fitted(config), None
     if values.input == 'real':
         pipeline = experiment.open_pipeline()
-    measured = timing.measure(experiment, sizes, values.repeats, pipeline)
-    relative, predicted = relative_epochs(measured), prediction(config, experiment, measured)
+    timed, matched = [(experiment, size) for size in sizes], control(config, experiment)
+    has_own = matched.plan.ladder[0] in sizes and has_own_step(matched, experiment)
+    if has_own:
+        timed.append((matched, matched.plan.ladder[0]))
+    measured = timing.measure(timed, values.repeats, pipeline)
+    own = measured.pop() if has_own else None
+    relative, predicted = relative_epochs(measured), prediction(config, experiment, measured, own)
     terminal.print_benchmark(measured, relative, predicted)
+    if own:
+        terminal.say(f'fixed: with a step of its own, of {1000 * own.step_seconds:,.1f} ms.')
     if experiment.snapshots:
         terminal.say('Not counted: the snapshots of SVRG, a gradient for each of their examples.')
     return {
         'input': values.input,
         'repeats': values.repeats,
         'batch_sizes': [dataclasses.asdict(m) for m in measured],
+        'fixed': dataclasses.asdict(own) if own else None,
         'relative_epochs': relative,
         'predicted_seconds': predicted,
     }

@@ -161,12 +161,18 @@ def _parts(batch: Any) -> Any:
     return batch if isinstance(batch, dict) else list(batch)
 
 
-def measure(experiment: Experiment, sizes: list[int], repeats: int, pipeline=None) -> list[Measured]:
-    """Times the steps of some batch sizes, one after the other, ``repeats`` times."""
-    state = experiment.initial_state()
+def measure(timed: list[tuple[Experiment, int]], repeats: int, pipeline=None) -> list[Measured]:
+    """Times steps, one after the other, ``repeats`` times.
+
+    Args:
+      timed: experiments with batch sizes; of one network, optimizer and data set.
+      repeats: of each measurement.
+      pipeline: for real input, of any of them; None for made-up images.
+    """
+    state = timed[0][0].initial_state()
     state = distributed.replicate(state)
     benches = []
-    for size in sizes:
+    for experiment, size in timed:
         terminal.say(f'compiling the step of batch size {size:,}')
         benches.append(Bench(experiment, size, pipeline))
     for number in range(repeats):

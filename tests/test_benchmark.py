@@ -51,6 +51,39 @@ def test_the_control_of_a_prediction_has_the_first_batch_size_throughout():
     assert benchmark.prediction(config, train.fitted(config), of)['adaptive'] is None
 
 
+@pytest.mark.parametrize(
+    'changes, is_own',
+    [
+        ({}, False),
+        ({'compile.updates_per_dispatch': 2}, False),
+        ({'batch.gradient_statistics': True}, False),  # of the control too
+        ({'batch.policy': 'noise_scale'}, True),
+        ({'batch.policy': 'adascale'}, True),
+        ({'batch.policy': 'plateau'}, False),
+        ({'batch.policy': 'plateau', 'compile.updates_per_dispatch': 2}, True),
+    ],
+)
+def test_a_control_is_measured_by_itself_where_its_updates_are_made_in_another_way(changes, is_own):
+    config = tiny(**{'dataset.pipeline': 'device', 'batch.statistics.min_groups': 4} | changes)
+    experiment = train.fitted(config)
+    control = benchmark.control(config, experiment)
+    assert benchmark.has_own_step(control, experiment) == is_own
+    assert control.policy.planned and not control.policy.observes and control.plan.ladder == (8,)
+
+
+def test_a_control_is_predicted_from_the_step_of_policy_fixed(tmp_path, capsys):
+    file = tmp_path / 'result.json'
+    measures = ['--config.batch.policy=noise_scale', '--config.batch.max_size=16']
+    measures += ['--config.batch.statistics.min_groups=4', '--repeats=1', f'--json={file}']
+    assert benchmark.main(['benchmark', f'--config={CONFIG}', *measures]) == 0
+    result = json.loads(file.read_text())
+    (first, _), own = result['batch_sizes'], result['fixed']
+    assert (first['microbatch_size'], first['num_microbatches']) == (2, 2)
+    assert (own['batch_size'], own['microbatch_size'], own['num_microbatches']) == (8, 4, 1)
+    assert result['predicted_seconds']['fixed'] == pytest.approx(2 * 128 // 8 * own['step_seconds'])
+    assert 'fixed: with a step of its own' in capsys.readouterr().out
+
+
 def test_shares_of_the_wall_time_add_up():
     summary = {'wall_seconds': 10.0, 'train_seconds': 7.0, 'input_seconds': 0.5, 'log_seconds': 0.25}
     found = benchmark.shares(summary | {'stall_seconds': 1.0, 'evaluation_seconds': 0.5})
