@@ -48,7 +48,7 @@ def test_a_split_that_is_not_there_is_named_by_its_key(tmp_path, name, key):
     config = default_config()
     config.dataset.update(dict(name=name, data_dir=str(tmp_path), augment='none'))
     config.dataset[key] = 'valid'
-    with pytest.raises(ValueError, match=f"^{key}: got 'valid'; accepted: .*(test, train|train, test|)"):
+    with pytest.raises(ValueError, match=f"^{key}: got 'valid'; accepted: test, train(,|$)"):
         input_pipeline.dataset_info(config.dataset)
 
 
