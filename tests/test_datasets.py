@@ -25,6 +25,12 @@ def test_splits_are_sliced_by_number_and_percent(split, expected):
     assert datasets.split_range(split, {'train': 200}) == expected
 
 
+@pytest.mark.parametrize('name', ['val.v2', 'my train', 'ü+1'])
+def test_a_split_may_have_any_name_without_brackets(name):
+    assert datasets.split_range(f'{name}[:50%]', {name: 10}) == range(5)
+    assert datasets.split_range(name, {name: 10}) == range(10)
+
+
 @pytest.mark.parametrize('split', ['train[:500%]', 'train[:201]', 'train[-201:]', 'train[101%:]'])
 def test_slices_beyond_a_split_are_refused(split):
     with pytest.raises(

@@ -11,7 +11,7 @@ import numpy as np
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 
 SPLITS = ('train_split', 'eval_split')  # keys of ``config.dataset``
-_SPLIT = re.compile(r'([\w-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')
+_SPLIT = re.compile(r'([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')  # names may come from the disk
 
 
 @dataclasses.dataclass(frozen=True)
