@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +24,41 @@ from adabatch_jax.input_pipeline import datasets
 )
 def test_splits_are_sliced_by_number_and_percent(split, expected):
     assert datasets.split_range(split, {'train': 200}) == expected
+
+
+def sliced(part, size):
+    """The examples of a slice of so many, also where there are none."""
+    try:
+        return list(datasets.split_range(f'train[{part}]', {'train': size}))
+    except ValueError as error:
+        assert 'which has no examples' in str(error)
+        return []
+
+
+@pytest.mark.parametrize('size', [1, 5, 7, 40, 50, 101])
+def test_shares_of_a_split_leave_nothing_out_and_do_not_overlap(size):
+    for share in range(1, 100):
+        for first, second in (
+            (f':{share}%', f'{share}%:'),
+            (f':-{share}%', f'-{share}%:'),
+            (f':{share}%', f'-{100 - share}%:'),
+        ):
+            assert sliced(first, size) + sliced(second, size) == list(range(size)), (first, second)
+
+
+def test_a_share_from_the_end_that_rounds_to_nothing_is_not_the_whole_split():
+    with pytest.raises(ValueError, match=r"'train\[-1%:\]', which has no examples; train has 40"):
+        datasets.split_range('train[-1%:]', {'train': 40})
+
+
+@pytest.mark.parametrize('size', [1, 5, 7, 40, 50, 101])
+def test_shares_from_the_start_are_those_of_tfds(size):
+    import tensorflow_datasets as tfds
+
+    for share in range(1, 101):
+        instruction = tfds.core.ReadInstruction.from_spec(f'train[:{share}%]')
+        (its,) = instruction.to_absolute({'train': types.SimpleNamespace(num_examples=size)})
+        assert sliced(f':{share}%', size) == list(range(size))[its.from_ : its.to]
 
 
 @pytest.mark.parametrize('name', ['val.v2', 'my train', 'ü+1'])

@@ -70,6 +70,9 @@ def used_splits(dataset, existing: Iterable[str]) -> list[str]:
 def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
     """The examples of a split such as ``'train'``, ``'train[:20%]'`` or ``'test[100:-50]'``.
 
+    A share that is counted from the end, -20%, is the same bound as 80%: where one slice stops the other
+    begins, whatever is rounded.
+
     Args:
       split: its name, and a slice.
       sizes: examples of each split.
@@ -95,7 +98,9 @@ def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
             raise ValueError(
                 f'{key}: got {split!r}; accepted: up to 100% or {size}, the examples of {match[1]}'
             )
-        return round(number * size / 100) if is_share else number
+        if is_share:
+            return round((number if number >= 0 else 100 + number) * size / 100)
+        return number
 
     chosen = range(size)[bound(match[2]) : bound(match[3])]
     if not chosen:
