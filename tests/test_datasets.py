@@ -276,6 +276,12 @@ def test_tfds_data_is_read_from_its_folder(tmp_path):
     test.unlink()
     with pytest.raises(FileNotFoundError, match=f'{test.name}.* is missing; fetch the data set again'):
         datasets.load_split(config.dataset, 'test')
+    # One that comes after the plan is checked before it is read.
+    source = input_pipeline.SOURCES['cifar10'](config.dataset, 0)
+    described = folder / 'dataset_info.json'
+    described.write_text(described.read_text().replace('tfrecord', 'array_record'))
+    with pytest.raises(ValueError, match="'array_record'; accepted: tfrecord"):
+        source.read('train')
 
 
 def test_unknown_data_set_lists_what_exists():

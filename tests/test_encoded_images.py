@@ -285,7 +285,16 @@ def test_a_damaged_record_is_named_or_left_out(tmp_path):
 
 @pytest.mark.parametrize(
     'text',
-    ['{', '[]', 'null', '{}', '{"splits": null}', '{"splits": ["train"]}', '{"splits": [{}]}'],
+    [
+        '{',
+        '[]',
+        'null',
+        '{}',
+        '{"splits": null}',
+        '{"splits": []}',
+        '{"splits": ["train"]}',
+        '{"splits": [{}]}',
+    ],
 )
 @pytest.mark.parametrize('name', ['pictures', 'cifar10'])
 def test_metadata_that_cannot_be_read_is_refused_by_folder(tmp_path, text, name):
@@ -314,10 +323,21 @@ def test_an_empty_split_does_not_make_the_others_unusable(tmp_path):
     assert info.num_train == 2
 
 
-def test_other_file_formats_are_refused(tmp_path):
-    write_records(tmp_path, (2,), file_format='array_record')
+@pytest.mark.parametrize('name', ['pictures', 'cifar10'])
+def test_other_file_formats_are_refused_by_the_plan(tmp_path, name):
+    write_records(tmp_path, (2,), file_format='array_record').parent.rename(tmp_path / name)
     with pytest.raises(ValueError, match="'array_record'; accepted: tfrecord"):
-        make_pipeline(tmp_path, **RECORDS)
+        input_pipeline.dataset_info(_dataset(tmp_path, name=name))
+
+
+@pytest.mark.parametrize('name', ['pictures', 'mnist'])
+def test_other_features_are_refused_by_the_plan(tmp_path, name):
+    folder = write_records(tmp_path, (2,))
+    features = folder / 'features.json'
+    features.write_text(features.read_text().replace('{"image": {"image"', '{"img": {"image"'))
+    folder.parent.rename(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}/.*' is not .* with the features image and label"):
+        input_pipeline.dataset_info(_dataset(tmp_path, name=name))
 
 
 def test_imagenet_can_be_planned_without_its_data_and_says_how_to_get_it(tmp_path):

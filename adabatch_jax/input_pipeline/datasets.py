@@ -248,19 +248,20 @@ def _tfds_source(dataset, seed: int) -> Source:
 
         distributed.from_first(lambda: str(prepared()))  # on a shared disk it is there for all then
         folder = prepared()
+        info = encoded.records_info(folder)
         try:
             builder = tfds.builder_from_directory(folder)
             parts = builder.as_dataset(split=split, batch_size=1000, shuffle_files=False)
             parts = [(p['image'], p['label'].astype(np.int32)) for p in tfds.as_numpy(parts)]
         except (tf.errors.OpError, FileNotFoundError, ValueError) as error:
-            encoded.records_split(encoded.records_info(folder), split)  # names a file that is not whole
+            encoded.records_split(info, split)  # names a file that is not whole
             cause = re.sub(r'\{\{.*?\}\} *| *\[Op:.*', '', str(getattr(error, 'message', error)))
             raise ValueError(f'data set {name}: cannot read {str(folder)!r}: {cause}') from error
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     sizes = {'train': num_train, 'test': num_test}
     if folder := encoded.tfds_folder(data_dir, name):
-        sizes = {split: sum(shards) for split, shards in encoded.tfds_shards(folder).items()}
+        sizes = encoded.records_info(folder).sizes
     scaled = (tuple(255 * x for x in values) for values in (mean, std))
     return Source(shape, num_classes, *scaled, sizes, read)
 

@@ -5,7 +5,6 @@ resumes at any position at once: no shuffle buffer, nothing to read up to there.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import json
@@ -137,6 +136,11 @@ class RecordsInfo:
     num_classes: int
     channels: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of examples of each split."""
+        return {split: sum(shards) for split, shards in self.shards.items()}
+
 
 def tfds_folder(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of the newest version of a TFDS data set, None where there is none."""
@@ -145,40 +149,27 @@ def tfds_folder(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
     return max(complete, key=lambda f: [int(part) for part in f.name.split('.')], default=None)
 
 
-@contextlib.contextmanager
-def _metadata_errors(folder: pathlib.Path, what: str):
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{str(folder)!r} is not a TFDS folder{what}: {type(error).__name__}: {error}'
-        ) from error
-
-
-def _dataset_info(folder: pathlib.Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
-    info = json.loads((folder / 'dataset_info.json').read_text(encoding='utf-8'))
-    return info, {s['name']: tuple(map(int, s.get('shardLengths', ()))) for s in info['splits']}
-
-
-def tfds_shards(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """The number of examples in each file of each split; raises ``ValueError`` naming the folder."""
-    with _metadata_errors(folder, ''):
-        return _dataset_info(folder)[1]
-
-
 def records_info(folder: pathlib.Path) -> RecordsInfo:
     """Reads the metadata of a TFDS folder.
 
     Raises:
       ValueError: it holds no images with class labels in TFRecord files.
     """
-    with _metadata_errors(folder, ' of images with the features image and label'):
-        info, shards = _dataset_info(folder)
+    try:
+        info = json.loads((folder / 'dataset_info.json').read_text(encoding='utf-8'))
+        shards = {s['name']: tuple(map(int, s.get('shardLengths', ()))) for s in info['splits']}
+        if not shards:
+            raise ValueError('it has no splits')
         file_format, name = info.get('fileFormat'), info.get('name', folder.parent.name)
         text = (folder / 'features.json').read_text(encoding='utf-8')
         features = json.loads(text)['featuresDict']['features']
         channels = int(features['image']['image']['shape']['dimensions'][2])
         num_classes = int(features['label']['classLabel']['numClasses'])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{str(folder)!r} is not a TFDS folder of images with the features image and label: '
+            f'{type(error).__name__}: {error}'
+        ) from error
     if file_format not in (None, 'tfrecord'):
         raise ValueError(f'{str(folder)!r}: got file format {file_format!r}; accepted: tfrecord')
     return RecordsInfo(folder, name, shards, num_classes, channels)

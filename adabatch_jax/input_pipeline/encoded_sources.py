@@ -27,9 +27,8 @@ def records_source(dataset, seed: int) -> Source:
     folder = encoded.tfds_folder(data_dir, name)
     if folder is not None:
         info = encoded.records_info(folder)
-        sizes = {split: sum(shards) for split, shards in info.shards.items()}
         open_split = functools.partial(encoded.records_split, info)
-        return _encoded_source(dataset, info.num_classes, info.channels, sizes, open_split)
+        return _encoded_source(dataset, info.num_classes, info.channels, info.sizes, open_split)
 
     def missing(split=''):
         how = (
