@@ -289,3 +289,14 @@ def test_unknown_data_set_lists_what_exists():
     config.dataset.name = 'cifar'
     with pytest.raises(ValueError, match="name: got 'cifar'; accepted: digits, synthetic, npz"):
         input_pipeline.dataset_info(config.dataset)
+
+
+def test_tensorflow_that_holds_a_gpu_already_is_told_with_the_way_out(monkeypatch):
+    config = datasets.tensorflow().config
+
+    def fixed(devices, kind):
+        raise RuntimeError('Visible devices cannot be modified after being initialized')
+
+    monkeypatch.setattr(config, 'set_visible_devices', fixed)
+    with pytest.raises(ValueError, match='uses one in this process already; .* restart the kernel'):
+        datasets.tensorflow()

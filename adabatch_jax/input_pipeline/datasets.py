@@ -175,7 +175,14 @@ def tensorflow():
             "digits, synthetic and npz, with dataset.pipeline 'device'"
         ) from error
 
-    tensorflow.config.set_visible_devices([], 'GPU')
+    try:
+        tensorflow.config.set_visible_devices([], 'GPU')
+    except RuntimeError as error:  # it cannot give back what it has begun to use
+        raise ValueError(
+            'this data set or pipeline needs TensorFlow off the GPU, and it uses one in this process '
+            'already; accepted: a new process (in a notebook, restart the kernel) that trains before '
+            'it uses TensorFlow'
+        ) from error
     return tensorflow
 
 
