@@ -1,5 +1,6 @@
 """Encoded images: folders and records, windows against NumPy, resuming, and what is wrong with them."""
 
+import errno
 import itertools
 import json
 import threading
@@ -12,7 +13,7 @@ from adabatch_jax import analysis, input_pipeline, main, metrics, schedules, tra
 from adabatch_jax import config as config_module
 from adabatch_jax.config import default_config, resolve, to_json
 from adabatch_jax.experiment import describe
-from adabatch_jax.input_pipeline import datasets, order
+from adabatch_jax.input_pipeline import datasets, encoded, order
 
 tf = datasets.tensorflow()
 from adabatch_jax.input_pipeline import decoding  # noqa: E402
@@ -411,6 +412,53 @@ def test_an_image_that_is_cut_off_is_left_out_wherever_a_run_begins(folder):
     assert (labels[cut[ids]] < 0).any() and (labels[cut[ids]] >= 0).any()
     late = take(make_pipeline(folder, **settings), 30, 5, 6)
     np.testing.assert_array_equal(np.concatenate([b['label'] for b in late]), labels[30:])
+
+
+def failing_reads(monkeypatch, file, fails):
+    """Reads of a file fail, after all their tries, or not: as ``fails`` says of one after the other."""
+    read, turns = encoded.EncodedSplit.read, iter(fails)
+
+    def reading(split, example):
+        if split.name(example).endswith(file) and next(turns):
+            raise OSError(errno.EIO, 'Input/output error')
+        return read(split, example)
+
+    monkeypatch.setattr(encoded.EncodedSplit, 'read', reading)
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_a_disk_that_is_back_after_a_read_failed_changes_nothing(folder, monkeypatch, capsys, skip):
+    expected = take(make_pipeline(folder), 0, 5, 6)
+    failing_reads(monkeypatch, 'dog/3.JPEG', itertools.chain([True], itertools.repeat(False)))
+    batches = take(make_pipeline(folder, **{'dataset.skip_undecodable': skip}), 0, 5, 6)
+    for a, b in zip(expected, batches, strict=True):
+        for key in ('example', 'label', 'image'):
+            np.testing.assert_array_equal(a[key], b[key])
+    assert 'left out' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_an_image_that_cannot_be_read_is_an_error_and_never_left_out(folder, monkeypatch, skip):
+    failing_reads(monkeypatch, 'dog/3.JPEG', itertools.repeat(True))
+    pipeline = make_pipeline(folder, **{'dataset.skip_undecodable': skip})
+    with pytest.raises(decoding.DataError, match=r'dog/3\.JPEG: could not be read \(Input/output'):
+        take(pipeline, 0, 5, 3)
+
+
+def test_an_image_that_was_damaged_once_is_not_left_out_where_it_cannot_be_read(folder):
+    (folder / 'val' / 'dog' / '0.JPEG').write_bytes(b'no image')
+    pipeline = make_pipeline(folder, **{'dataset.skip_undecodable': True})
+    assert sum(batch['mask'].sum() for batch in pipeline.eval_batches(6)) == 5
+    (folder / 'val' / 'dog' / '0.JPEG').unlink()
+    with pytest.raises(decoding.DataError, match=r'dog/0\.JPEG: could not be read \(No such file'):
+        list(pipeline.eval_batches(6))
+
+
+def test_a_disk_that_fails_again_and_again_is_given_up(folder, monkeypatch):
+    """It reads whenever the images are tried one by one."""
+    failing_reads(monkeypatch, 'val/dog/0.JPEG', itertools.cycle([True, False]))
+    with pytest.raises(decoding.DataError, match=r'val/dog/0\.JPEG: could not be read'):
+        list(make_pipeline(folder).eval_batches(6))
 
 
 @pytest.mark.parametrize(

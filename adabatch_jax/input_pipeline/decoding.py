@@ -30,10 +30,11 @@ with contextlib.suppress(RuntimeError):  # TensorFlow has been used in this proc
 Batch = dict[str, np.ndarray]
 Part = tuple[np.ndarray, np.ndarray]  # indices of examples, -1 for padding, and their epochs
 # What is damaged inside a record can make a message that is not text.
-_UNDECODABLE = (tf.errors.OpError, UnicodeDecodeError, OSError)
+_UNDECODABLE = (tf.errors.OpError, UnicodeDecodeError)
 
 _THREADS = 16  # that read files; they wait for the disk most of the time
 _GROUP = 8  # examples that a thread reads at a time, and that go into TensorFlow at once
+_STREAMS = 5  # that may fail at the same batch: a disk may fail for longer than a read is tried again
 _ATTEMPTS = 10  # at a crop that lies inside the image, as is usual for ImageNet
 _DRAWS = 2 * _ATTEMPTS + 3
 _LOG_RATIO = float(np.log(4 / 3))  # of width to height, up or down
@@ -109,19 +110,26 @@ class EncodedPipeline:
     def _batches(
         self, split: EncodedSplit, parts: Callable[[int], Iterator[Part]], window: Callable
     ) -> Iterator[Batch]:
-        """The batches of ``parts(0)``; where one fails, again from there without what failed."""
+        """The batches of ``parts(0)``; where one fails, again from there.
+
+        By then a damaged image is known, and left out; or none is damaged, and the disk that failed may
+        be back.
+        """
         # Another stream may find that an image is damaged which this one has read ahead.
-        known = set(self._suspects)
-        stream = self._stream(split, parts(0), window)
+        known, unread = set(self._suspects), []
+        stream = self._stream(split, parts(0), window, unread)
         for done, part in enumerate(parts(0)):
-            while True:
+            for _ in range(_STREAMS):
                 try:
                     batch = next(stream)
                     break
                 except _UNDECODABLE as error:
+                    failure = unread[0] if unread else error
                     self._suspect(split, part, window, error, known)
-                    known = set(self._suspects)
-                    stream = self._stream(split, parts(done), window)
+                    known, unread = set(self._suspects), []
+                    stream = self._stream(split, parts(done), window, unread)
+            else:
+                raise failure
             labels, used = batch['label'], batch['mask'] > 0
             wrong = used & ((labels < 0) | (labels >= self._num_classes))
             if wrong.any():
@@ -131,7 +139,9 @@ class EncodedPipeline:
                 )
             yield batch
 
-    def _stream(self, split: EncodedSplit, parts: Iterator[Part], window: Callable) -> Iterator[Batch]:
+    def _stream(
+        self, split: EncodedSplit, parts: Iterator[Part], window: Callable, unread: list[DataError]
+    ) -> Iterator[Batch]:
         first, parts = _peek(parts)
         size = len(first[0])
         decode = tf.autograph.experimental.do_not_convert(
@@ -145,7 +155,7 @@ class EncodedPipeline:
         )
         dataset = (
             tf.data.Dataset.from_generator(
-                lambda: self._read(split, parts, window), output_signature=signature
+                lambda: self._read(split, parts, window, unread), output_signature=signature
             )
             .unbatch()
             .map(decode, num_parallel_calls=num_cores(), deterministic=True)
@@ -154,17 +164,20 @@ class EncodedPipeline:
         )
         return as_numpy_iterator(dataset)
 
-    def _read(self, split: EncodedSplit, parts: Iterator[Part], window: Callable) -> Iterator[tuple]:
+    def _read(
+        self, split: EncodedSplit, parts: Iterator[Part], window: Callable, unread: list[DataError]
+    ) -> Iterator[tuple]:
         """Bytes, labels, indices and random draws of a few examples at a time, read ahead by threads.
 
-        No group reaches over the end of a part, so that one that cannot be read fails its own part.
+        No group reaches over the end of a part, so that one that cannot be read fails its own part. The
+        reason goes into ``unread`` as well: TensorFlow passes on its text alone.
         """
 
         def read_one(example, words):
             suspect = (id(split), example) in self._suspects
             if example < 0 or (suspect and self._failure(split, window, example, words)):
                 return b'', -1
-            return split.read(example), 0 if split.labels is None else split.labels[example]
+            return _read_example(split, example), 0 if split.labels is None else split.labels[example]
 
         def read(examples, words):
             data, labels = np.empty(len(examples), object), np.empty(len(examples), np.int32)
@@ -184,7 +197,12 @@ class EncodedPipeline:
             ahead.extend(itertools.islice(groups, _THREADS - len(ahead)))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            try:
+                group = ahead.popleft().result()
+            except DataError as error:
+                unread.append(error)
+                raise
+            yield group
 
     def _draws(self, examples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """The random draws of each example."""
@@ -192,8 +210,8 @@ class EncodedPipeline:
 
     def _failure(self, split: EncodedSplit, window: Callable, example: int, words: np.ndarray) -> str:
         """Why an image cannot be decoded; nothing where it can."""
+        arguments = map(tf.constant, (_read_example(split, example), 0, example, words))
         try:
-            arguments = map(tf.constant, (split.read(example), 0, example, words))
             self._decode(split.labels is None, window, *arguments)
         except UnicodeDecodeError:
             return 'not a tf.train.Example'
@@ -211,6 +229,8 @@ class EncodedPipeline:
     ) -> None:
         """Notes which images of a part that failed cannot be decoded, or raises for the first of them.
 
+        It raises for one that cannot be read as well, which is no reason to leave it out.
+
         An image that is cut off may be whole inside one epoch's crop and not in another's. From here on
         each of these is tried by itself before it joins a batch, so that it is left out of the epochs
         in which it fails and of no others: this too depends on the position alone. The stream knew of
@@ -224,8 +244,6 @@ class EncodedPipeline:
             for example, reason in zip(examples, reasons, strict=True)
             if reason and (id(split), example) not in known
         }
-        if not found:
-            raise error
         for example, reason in found.items():
             message = f'{split.name(example)}: cannot be decoded ({reason})'
             if not self._skip:
@@ -315,6 +333,16 @@ class EncodedPipeline:
         top = tf.floor(place[0] * (rows - h + 1))
         left = tf.floor(place[1] * (columns - w + 1))
         return tuple(tf.cast(value, tf.int32) for value in (top, left, h, w))
+
+
+def _read_example(split: EncodedSplit, example: int) -> bytes:
+    try:
+        return split.read(example)
+    except OSError as error:
+        raise DataError(
+            f'{split.name(example)}: could not be read ({error.strerror or error}); start again when '
+            'its disk can be read'
+        ) from error
 
 
 def _plain(message: str) -> str:
