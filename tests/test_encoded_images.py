@@ -1,10 +1,12 @@
 """Encoded images: folders and records, windows against NumPy, resuming, and what is wrong with them."""
 
 import errno
+import gc
 import itertools
 import json
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -616,3 +618,16 @@ def test_a_closed_pipeline_leaves_no_threads(folder):
     assert any(t.is_alive() for t in pipeline._readers._threads)
     pipeline.close()
     assert not [t for t in pipeline._readers._threads if t.join(10) or t.is_alive()]
+
+
+def test_a_closed_pipeline_keeps_no_tables_of_its_images(folder):
+    """tf.data keeps the generators of a process's pipelines; a notebook trains again and again."""
+    pipeline = make_pipeline(folder)
+    take(pipeline, 0, 4, 2)
+    list(pipeline.eval_batches(4))
+    tables = [weakref.ref(split) for split in (pipeline._train, pipeline._eval)]
+    pipeline.close()
+    for thread in pipeline._readers._threads:
+        thread.join(10)
+    gc.collect()
+    assert [table() for table in tables] == [None, None]

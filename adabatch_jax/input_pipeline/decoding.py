@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import re
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -64,8 +65,13 @@ class EncodedPipeline:
         self._readers = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix='read')
 
     def close(self) -> None:
-        """Ends the threads that read ahead; without it they live as long as the process."""
+        """Ends the threads that read ahead, and forgets where the images are.
+
+        Without it both live as long as the process: tf.data keeps its generators, and through them the
+        pipeline.
+        """
         self._readers.shutdown(wait=False, cancel_futures=True)
+        self._train = self._eval = None
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
         """This process's share of every batch from position ``start`` on, without end.
@@ -124,7 +130,7 @@ class EncodedPipeline:
                     batch = next(stream)
                     break
                 except _UNDECODABLE as error:
-                    failure = unread[0] if unread else error
+                    failure = unread.pop() if unread else error
                     self._suspect(split, part, window, error, known)
                     known, unread = set(self._suspects), []
                     stream = self._stream(split, parts(done), window, unread)
@@ -144,8 +150,10 @@ class EncodedPipeline:
     ) -> Iterator[Batch]:
         first, parts = _peek(parts)
         size = len(first[0])
+        # TensorFlow keeps the functions below for as long as the process lives.
+        in_record, table = split.labels is None, weakref.ref(split)
         decode = tf.autograph.experimental.do_not_convert(
-            lambda *example: self._decode(split.labels is None, window, *example)
+            lambda *example: self._decode(in_record, window, *example)
         )
         signature = (
             tf.TensorSpec([None], tf.string),
@@ -155,7 +163,7 @@ class EncodedPipeline:
         )
         dataset = (
             tf.data.Dataset.from_generator(
-                lambda: self._read(split, parts, window, unread), output_signature=signature
+                lambda: self._read(table(), parts, window, unread), output_signature=signature
             )
             .unbatch()
             .map(decode, num_parallel_calls=num_cores(), deterministic=True)
