@@ -416,6 +416,20 @@ def test_an_image_that_is_cut_off_is_left_out_wherever_a_run_begins(folder):
     np.testing.assert_array_equal(np.concatenate([b['label'] for b in late]), labels[30:])
 
 
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_a_bmp_may_have_a_byte_for_each_channel(folder, channels):
+    from PIL import Image
+
+    for file in (folder / 'val' / 'cat').iterdir():
+        file.unlink()
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, channels), np.uint8)
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(folder / 'val' / 'cat' / 'a.bmp')
+    pipeline = make_pipeline(folder, **{'dataset.eval_resize': SIDE})
+    (batch,) = pipeline.eval_batches(5)
+    expected = np.broadcast_to(pixels[..., :3], (1, SIDE, SIDE, 3))
+    np.testing.assert_array_equal(batch['image'][batch['label'] == 0], expected)
+
+
 def failing_reads(monkeypatch, file, fails):
     """Reads of a file fail, after all their tries, or not: as ``fails`` says of one after the other."""
     read, turns = encoded.EncodedSplit.read, iter(fails)
