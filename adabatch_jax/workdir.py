@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -219,10 +220,11 @@ def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
         )
     now = [(stage.start, stage.batch_size) for stage in plan.stages]
     if planned and not is_changed and stages != now:  # the run to replay may be another
-        sizes = ' and '.join(', '.join(str(size) for _, size in each) for each in (stages, now))
+        differing = next(pair for pair in itertools.zip_longest(stages, now) if pair[0] != pair[1])
+        then, here = (f'{x[1]} from example {x[0]} on' if x else 'no further one' for x in differing)
         raise ConfigError(
-            f'workdir: {str(workdir)!r} holds a run with other stages than its config gives now (batch '
-            f'sizes {sizes}); bring back what batch.policy goes by, or choose another --workdir'
+            f'workdir: {str(workdir)!r} holds a run with other stages than its config gives now: batch '
+            f'size {then}, now {here}; bring back what batch.policy goes by, or choose another --workdir'
         )
 
 
