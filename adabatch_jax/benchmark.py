@@ -111,7 +111,10 @@ def has_own_step(control: Experiment, experiment: Experiment) -> bool:
 
 
 def prediction(
-    config, experiment: Experiment, measured: list[Measured], own: Measured | None = None
+    experiment: Experiment,
+    control: Experiment,
+    measured: list[Measured],
+    own: Measured | None = None,
 ) -> dict[str, Any]:
     """What the updates of the whole run and of its control take; ``speedup`` is of the former.
 
@@ -119,13 +122,13 @@ def prediction(
     on top; of policies that decide during the run only the control is predicted.
 
     Args:
-      config: of the run.
-      experiment: the same.
+      experiment: the run.
+      control: its control.
       measured: of the run's batch sizes.
       own: of the control, where its step is its own.
     """
-    plan, of_control = control(config, experiment).plan, [own] if own else measured
-    seconds = {'fixed': predicted_seconds(plan, of_control), 'adaptive': None}
+    of_control = [own] if own else measured
+    seconds = {'fixed': predicted_seconds(control.plan, of_control), 'adaptive': None}
     if experiment.policy.planned:
         seconds['adaptive'] = predicted_seconds(experiment.plan, measured)
     known = all(seconds.values())
@@ -344,7 +347,7 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
         timed.append((matched, matched.plan.ladder[0]))
     measured = timing.measure(timed, values.repeats, pipeline)
     own = measured.pop() if has_own else None
-    relative, predicted = relative_epochs(measured), prediction(config, experiment, measured, own)
+    relative, predicted = relative_epochs(measured), prediction(experiment, matched, measured, own)
     terminal.print_benchmark(measured, relative, predicted)
     if own:
         terminal.say(f'fixed: with a step of its own, of {1000 * own.step_seconds:,.1f} ms.')

@@ -44,11 +44,14 @@ def test_predicted_seconds_are_those_of_all_updates_of_the_plan():
 def test_the_control_of_a_prediction_has_the_first_batch_size_throughout():
     config = tiny()
     of = [measured(8, 1, 2, 3.0), measured(16, 1, 2, 5.0), measured(32, 1, 2, 7.0)]
-    found = benchmark.prediction(config, train.fitted(config), of)
+    experiment = train.fitted(config)
+    found = benchmark.prediction(experiment, benchmark.control(config, experiment), of)
     assert found['fixed'] == 38 * 3  # 300 examples
     assert found['speedup'] == found['fixed'] / found['adaptive']
     config.batch.policy = 'noise_scale'
-    assert benchmark.prediction(config, train.fitted(config), of)['adaptive'] is None
+    experiment = train.fitted(config)
+    control = benchmark.control(config, experiment)
+    assert benchmark.prediction(experiment, control, of)['adaptive'] is None
 
 
 @pytest.mark.parametrize(
