@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from adabatch_jax import input_pipeline, models, optimizers, schedules, variance_reduction
 from adabatch_jax.config import ConfigError, flatten, user_errors
 
-MOST_EVALUATIONS = 2**32 - 1  # that the train state can count
-
 
 def reduced(experiment):
     """An ``Experiment`` with what takes noise out of its gradients, as ``config.optimizer`` says.
@@ -21,28 +19,35 @@ def reduced(experiment):
     Raises:
       ConfigError: what variance reduction does not go with.
     """
-    config, info = experiment.config, experiment.info
-    name, svrg, saga = config.optimizer.name, config.optimizer.svrg, config.optimizer.saga
-    if config.learning_rate.rule != 'schedule':
+    name, rule = experiment.config.optimizer.name, experiment.config.learning_rate.rule
+    if rule != 'schedule':
         raise ConfigError(
-            f'config.learning_rate.rule: got {config.learning_rate.rule!r}; accepted with optimizer '
-            f'{name!r}: schedule'
+            f'config.learning_rate.rule: got {rule!r}; accepted with optimizer {name!r}: schedule'
         )
-    if name in optimizers.SAGA:
-        for key, accepted in (('model.name', 'linear'), ('dataset.augment', 'none')):
-            if (got := flatten(config)[key]) != accepted:
-                raise ConfigError(
-                    f'config.{key}: got {got!r}; accepted with optimizer {name!r}: {accepted} (it keeps '
-                    'a number of each example and class)'
-                )
-        first = saga.first_size or 2 * math.prod(info.image_shape)
-        first = min(first, info.num_train) if name == 'dynasaga' else info.num_train
-        examples_at = functools.partial(
-            input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
-        )
-        note = f'{experiment.note} Sample: {first:,} examples at first.'.strip()
-        reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
-        return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at, note=note)
+    return _with_saga(experiment) if name in optimizers.SAGA else _with_svrg(experiment)
+
+
+def _with_saga(experiment):
+    config, info = experiment.config, experiment.info
+    name, saga = config.optimizer.name, config.optimizer.saga
+    for key, accepted in (('model.name', 'linear'), ('dataset.augment', 'none')):
+        if (got := flatten(config)[key]) != accepted:
+            raise ConfigError(
+                f'config.{key}: got {got!r}; accepted with optimizer {name!r}: {accepted} (it keeps '
+                'a number of each example and class)'
+            )
+    first = saga.first_size or 2 * math.prod(info.image_shape)
+    first = min(first, info.num_train) if name == 'dynasaga' else info.num_train
+    examples_at = functools.partial(
+        input_pipeline.growing_sample, config.seed, info.num_train, first, saga.doubling
+    )
+    note = f'{experiment.note} Sample: {first:,} examples at first.'.strip()
+    reduction = variance_reduction.Saga(info.num_train, saga.from_zero)
+    return dataclasses.replace(experiment, reduction=reduction, examples_at=examples_at, note=note)
+
+
+def _with_svrg(experiment):
+    config, info, svrg = experiment.config, experiment.info, experiment.config.optimizer.svrg
     model, estimator = experiment.model, None
     if experiment.has_batch_norm:
         model, estimator = _frozen(model, info.image_shape), model
@@ -68,10 +73,10 @@ def reduced(experiment):
             )
         sizes = [snapshots.size(number) for number in range(last + 1)]
         evaluations = 2 * total + sum(sizes)
-        if evaluations > MOST_EVALUATIONS:
+        if evaluations > schedules.MAX_EXAMPLES:
             raise ValueError(
                 f'snapshot_passes: got {svrg.snapshot_passes:g}, which makes up to {evaluations:,} '
-                f'gradients of examples; accepted: what makes {MOST_EVALUATIONS:,} at most'
+                f'gradients of examples; accepted: what makes {schedules.MAX_EXAMPLES:,} at most'
             )
     note = (
         f'{experiment.note} SVRG: {len(sizes):,} snapshots, of {sizes[0]:,} to {sizes[-1]:,} examples; '
