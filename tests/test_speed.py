@@ -12,6 +12,7 @@ from test_train import of_kind, tiny
 
 from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, terminal, train
 from adabatch_jax.config import resolve
+from adabatch_jax.steps import compiled
 
 DEVICE = {'dataset.pipeline': 'device'}
 SEVERAL = DEVICE | {'compile.updates_per_dispatch': 4}
@@ -209,3 +210,14 @@ def test_the_time_that_devices_wait_for_parts_of_a_batch_is_counted_as_input(tmp
     summary = train.train(config, tmp_path)
     parts = sum(stage.num_updates * stage.batch_size // 4 for stage in train.plan(config).stages)
     assert 10 * parts <= summary['input_seconds'] < 10 * parts + 60
+
+
+def test_a_run_with_many_batch_sizes_compiles_each_once_and_keeps_few_steps(tmp_path):
+    stages = tuple((0.4 * k, 2 * k + 2) for k in range(compiled.MOST_STEPS + 3))
+    steps.CACHE.clear()
+    before = steps.CACHE.num_compiles
+    changes = {'batch.policy': 'stages', 'batch.stages': stages, 'num_epochs': 0.4 * len(stages)}
+    train.train(tiny(**changes | {'batch.max_per_device': 64}), tmp_path)
+    assert [s['batch_size'] for s in of_kind(tmp_path, 'stage')] == [size for _, size in stages]
+    assert steps.CACHE.num_compiles - before == len(stages) + 1  # and the evaluation
+    assert len(steps.CACHE._futures) == compiled.MOST_STEPS

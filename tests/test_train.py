@@ -13,7 +13,6 @@ import pytest
 from adabatch_jax import checkpoint, metrics, run, steps, train, train_state
 from adabatch_jax.config import ConfigError
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.steps import compiled
 
 SECONDS = 'setup', 'stall', 'input', 'log', 'evaluation', 'checkpoint'
 FIELDS = {
@@ -321,17 +320,6 @@ def test_shrinking_batches_train_and_reuse_their_steps(tmp_path):
     train.train(tiny(**{'batch.policy': 'stages', 'batch.stages': stages}), tmp_path)
     assert [s['batch_size'] for s in of_kind(tmp_path, 'stage')] == [8, 32, 8]
     assert steps.CACHE.num_compiles - before == 3  # two batch sizes and the evaluation
-
-
-def test_a_run_with_many_batch_sizes_compiles_each_once_and_keeps_few_steps(tmp_path):
-    stages = tuple((0.4 * k, 2 * k + 2) for k in range(compiled.MOST_STEPS + 3))
-    steps.CACHE.clear()
-    before = steps.CACHE.num_compiles
-    changes = {'batch.policy': 'stages', 'batch.stages': stages, 'num_epochs': 0.4 * len(stages)}
-    train.train(tiny(**changes | {'batch.max_per_device': 64}), tmp_path)
-    assert [s['batch_size'] for s in of_kind(tmp_path, 'stage')] == [size for _, size in stages]
-    assert steps.CACHE.num_compiles - before == len(stages) + 1  # and the evaluation
-    assert len(steps.CACHE._futures) == compiled.MOST_STEPS
 
 
 def test_microbatches_are_recorded_and_train(tmp_path):
