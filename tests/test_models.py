@@ -241,6 +241,26 @@ def test_a_module_in_place_of_its_class_is_refused_by_the_plan(monkeypatch):
         train.plan(tiny(**{'model.name': 'wrong'}))
 
 
+def test_each_block_of_a_network_moves_as_much_memory_however_many_come_before_it():
+    def moved(num_blocks):
+        model = models.resnet_cifar.ResNetCifar(num_blocks, num_classes=10, width=4)
+        x = jnp.zeros((4, 8, 8, 3))
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+        apply = functools.partial(model.apply, train=True, mutable=['batch_stats'])
+        return jax.jit(apply).lower(variables, x).compile().cost_analysis()['bytes accessed']
+
+    second, third = np.diff([moved(num_blocks) for num_blocks in (1, 2, 3)])
+    assert third == pytest.approx(second, rel=0.01)
+
+
+def test_the_relu_of_a_sum_is_relu_with_its_gradient_and_hides_no_value_that_is_not_a_number():
+    x = jnp.array([-jnp.inf, -2, -0.0, 0, 1, jnp.inf, jnp.nan])
+    zeros = jnp.zeros_like(x)
+    np.testing.assert_array_equal(models.layers.relu_of_sum(x, zeros), nn.relu(x))
+    gradient = jax.grad(lambda x: models.layers.relu_of_sum(x, zeros)[:-1].sum())(x)
+    np.testing.assert_array_equal(gradient, [0, 0, 0, 0, 1, 1, 0])
+
+
 @pytest.mark.parametrize(
     'window, stride, padding', [(2, 2, 0), (3, 3, 0), (3, 2, 1), (3, 2, 0), (2, 3, 1)]
 )

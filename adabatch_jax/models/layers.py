@@ -139,6 +139,17 @@ def residual_conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Mod
     )
 
 
+def relu_of_sum(x, y):
+    """ReLU of ``x + y``, for the end of a residual block.
+
+    XLA's CPU backend makes an operation of one array anew for each operation that takes its result, with
+    what it is made of: after `nn.relu` that are the sums of all blocks before, each time. Of a choice
+    between two it keeps the result.
+    """
+    x = x + y
+    return jnp.where(x <= 0, 0, x)
+
+
 def max_pool(x, window: int, stride: int, padding: int = 0):
     """The largest of each ``window x window`` pixels; the gradient goes to the first of equals.
 

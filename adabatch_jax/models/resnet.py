@@ -11,7 +11,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from adabatch_jax.models.conv import enter
-from adabatch_jax.models.layers import Classifier, max_pool, mean_over_pixels, norm_layer, residual_conv
+from adabatch_jax.models.layers import (
+    Classifier,
+    max_pool,
+    mean_over_pixels,
+    norm_layer,
+    relu_of_sum,
+    residual_conv,
+)
 
 DEPTHS = {
     18: (False, (2, 2, 2, 2)),
@@ -53,7 +60,7 @@ class ResNet(nn.Module):
                 y = norm(scale_init=last_scale)(conv(y, features, 3))
             if x.shape != y.shape:
                 x = norm()(conv(x, features, 1, stride))
-            return nn.relu(x + y)
+            return relu_of_sum(x, y)
 
         x = nn.relu(norm()(conv(enter(images.astype(self.dtype)), 64, 7, 2)))
         x = max_pool(x, 3, 2, padding=1)

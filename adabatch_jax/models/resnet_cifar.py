@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from adabatch_jax.models.conv import SPATIAL_AXES, enter
-from adabatch_jax.models.layers import Classifier, mean_over_pixels, norm_layer, residual_conv
+from adabatch_jax.models.layers import (
+    Classifier,
+    mean_over_pixels,
+    norm_layer,
+    relu_of_sum,
+    residual_conv,
+)
 
 SHORTCUTS = ('projection', 'identity')
 
@@ -39,7 +45,7 @@ class Block(nn.Module):
             for axis in SPATIAL_AXES:
                 x = lax.slice_in_dim(x, 0, None, self.stride, axis)
             x = jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (more // 2, more - more // 2)))
-        return nn.relu(x + y)
+        return relu_of_sum(x, y)
 
 
 class ResNetCifar(nn.Module):
