@@ -35,6 +35,42 @@ def test_the_seconds_of_probes_are_training_of_the_run_that_needs_them(tmp_path)
     assert 'probes' in report.comparison_table(groups).note
 
 
+def test_a_later_group_is_told_by_its_difference_from_the_first(tmp_path):
+    write_run(tmp_path / 'a', seconds=10.0, accuracy=0.9)
+    write_run(tmp_path / 'b', 'plateau', sizes=(50, 10, 20), seconds=5.0, accuracy=0.8)
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'ab'])
+    first, later = comparison.comparison_rows(groups)
+    assert (first['wall_seconds'].mean, later['wall_seconds'].mean) == (1.5 * 20, 1.5 * 15)
+    assert later['wall_speedup'] == 20 / 15
+    assert later['accuracy_difference'] == pytest.approx(-0.1)
+    assert later['batch_sizes'] == (10, 50)
+
+
+def test_the_accuracy_of_a_run_is_that_of_its_end():
+    summary = {'kind': 'summary', 'updates': 1, 'wall_seconds': 1.0, 'train_seconds': 1.0}
+    summary |= {'final_accuracy': 0.7, 'best_accuracy': 0.8}
+    run = comparison.Run(None, {}, [summary], ())
+    (row,) = comparison.comparison_rows([comparison.Group('a', (run,))])
+    assert row['accuracy'].mean == 0.7 and row['epoch_seconds'] is None  # at no epoch
+
+
+def test_a_stage_begins_where_it_was_entered_first_and_has_its_last_loss_and_median_speed():
+    def record(kind, stage, step, **fields):
+        return {'kind': kind, 'stage': stage, 'step': step, 'epoch': step / 10, **fields}
+
+    def trained(stage, step, loss, speed):
+        return record('train', stage, step, loss=loss, examples_per_second=speed)
+
+    first, second = (record('stage', k, 10 * k, reason='why') for k in (0, 1))
+    rows = comparison.stage_rows(
+        [first, trained(0, 4, 4.0, 10.0), record('stage', 0, 4, reason='continued: why')]
+        + [trained(0, 7, 3.0, 60.0), trained(0, 10, 2.0, 20.0), second, trained(1, 16, 1.0, None)]
+    )
+    of_stages = {'updates': (10, 6), 'end_epoch': (1.0, 1.6), 'loss': (2.0, 1.0)}
+    of_stages |= {'images_per_second': (20.0, None), 'reason': ('why', 'why')}
+    assert {name: tuple(row[name] for row in rows) for name in of_stages} == of_stages
+
+
 ONE = {'device': 'cpu', 'num_devices': 1, 'versions': {'jax': '0.10.1', 'numpy': '2'}}
 
 
@@ -108,6 +144,12 @@ def test_seeds_whose_epochs_end_after_other_numbers_of_examples_have_their_whole
 def test_seeds_that_have_no_position_in_common_have_no_mean_curve(tmp_path):
     runs = evaluated(tmp_path, (100, 200), 0.001), evaluated(tmp_path, (300, 400), 0.001)
     assert not len(comparison.Group('both', runs).curve('eval', 'epoch', 'loss')[0])
+
+
+def test_a_mean_curve_is_that_of_the_runs_that_have_begun(tmp_path):
+    runs = evaluated(tmp_path, (), 0.001), evaluated(tmp_path, (100, 200), 0.001)
+    epoch, mean, *_ = comparison.Group('both', runs).curve('eval', 'epoch', 'loss')
+    np.testing.assert_allclose((epoch, mean), [(1, 2), (0.9, 0.8)])
 
 
 def test_of_the_minima_that_were_measured_a_run_has_that_of_its_latest_checkpoint(tmp_path):
