@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import types
 
 import numpy as np
@@ -94,6 +95,26 @@ def test_a_split_that_is_not_there_is_named_by_its_key(tmp_path, name, key):
         input_pipeline.dataset_info(config.dataset)
 
 
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_has_the_moments_of_the_official_code_of_adabatch(tmp_path, name):
+    config = default_config()
+    config.dataset.update(dict(name=name, data_dir=str(tmp_path)))
+    info = input_pipeline.dataset_info(config.dataset)
+    assert info.mean == pytest.approx(255 * np.array([0.4914, 0.4822, 0.4465]))
+    assert info.std == pytest.approx(255 * np.array([0.2023, 0.1994, 0.2010]))
+
+
+def test_splits_that_are_made_have_the_same_classes_and_other_examples():
+    config = default_config()
+    config.dataset.update(dict(name='synthetic', num_examples=400, num_classes=4, image_size=8))
+    splits = [datasets.load_split(config.dataset, split, seed=3) for split in ('train', 'test')]
+    train, test = (
+        np.stack([images[labels == k].mean(0) for k in range(4)]) for images, labels in splits
+    )
+    # Means of about 100 examples with noise of 32 differ by 3.6 on average, those of classes by 36.
+    assert 2 < np.abs(train - test).mean() < 6 < 20 < np.abs(train - test[::-1]).mean()
+
+
 @pytest.fixture
 def own(monkeypatch):
     """A data set of one's own, of 12 images, with labels as given."""
@@ -119,6 +140,12 @@ def own(monkeypatch):
 def test_labels_of_an_own_data_set_may_be_whole_numbers_of_any_type(own, labels):
     found = datasets.load_split(own(labels), 'test[:4]')[1]
     assert found.dtype == np.int32 and found.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize('labels', [np.arange(12) % 3, np.arange(12) % 2 - 1])
+def test_labels_of_an_own_data_set_are_those_of_its_classes(own, labels):
+    with pytest.raises(ValueError, match='got labels .*; expected labels from 0 on, below 2'):
+        datasets.load_split(own(labels), 'test')
 
 
 @pytest.mark.parametrize('labels', [np.zeros(8, int), np.zeros(24, int), np.zeros((12, 1), int)])
@@ -157,6 +184,13 @@ def save_npz(folder, count=12, labels=None, **arrays):
     for split in ('train', 'test'):
         np.savez(folder / f'{split}.npz', **({'images': images, 'labels': labels} | arrays))
     return images, labels
+
+
+def test_npz_that_was_replaced_is_read_anew(tmp_path):
+    for labels in (np.zeros(12, int), np.ones(12, int)):
+        save_npz(tmp_path, labels=labels)
+        os.utime(tmp_path / 'train.npz', (labels[0], labels[0]))
+        np.testing.assert_array_equal(datasets.load_split(npz_config(tmp_path), 'train')[1], labels)
 
 
 def test_npz_folder_may_hold_other_files(tmp_path):

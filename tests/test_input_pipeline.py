@@ -88,7 +88,22 @@ def test_a_change_of_batch_size_in_mid_epoch_keeps_the_order():
 def test_epochs_differ_in_order_and_seeds_differ_in_order():
     first, second = order.epoch_order(0, 0, 1000), order.epoch_order(0, 1, 1000)
     assert (first != second).mean() > 0.9
-    assert (first != order.epoch_order(1, 0, 1000)).mean() > 0.9
+    assert all((x != order.epoch_order(1, 0, 1000)).mean() > 0.9 for x in (first, second))
+
+
+def test_the_order_of_a_seed_and_epoch_is_the_same_in_every_version():
+    expected = np.random.default_rng((5, 2)).permutation(100)
+    np.testing.assert_array_equal(order.epoch_order(5, 2, 100), expected)
+
+
+def test_images_that_are_made_are_those_of_the_seed():
+    pipeline, _ = make_pipeline(seed=5)
+    config = default_config()
+    config.dataset.update(dict(name='synthetic', num_examples=50, image_size=8))
+    (train,), (test,) = take(pipeline, 0, 50, 1), pipeline.eval_batches(50)
+    images, _ = datasets.load_split(config.dataset, 'train', seed=5)
+    np.testing.assert_array_equal(train['image'], images[train['example']])
+    np.testing.assert_array_equal(test['image'], datasets.load_split(config.dataset, 'test', seed=5)[0])
 
 
 def test_augmentation_depends_on_the_example_and_epoch_not_on_the_batch():
