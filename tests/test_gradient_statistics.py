@@ -62,6 +62,17 @@ def test_norms_of_half_precision_gradients_are_summed_in_single_precision():
     assert total == pytest.approx(1e5 * float(grads[0]) ** 2, rel=1e-3)
 
 
+def test_estimates_from_half_precision_are_those_from_the_same_numbers_in_single():
+    half = jnp.asarray(draw(4, 2, 1)[0], jnp.bfloat16)
+    single = jnp.asarray(half, jnp.float32)
+    across = jax.vmap(lambda g: gradient_statistics.across(g, 'batch', 2), axis_name='batch')
+    mean = half[0]  # any
+    along = lambda g: gradient_statistics.inner_products(g, jnp.asarray(mean, g.dtype), 2)  # noqa: E731
+    for measure in (gradient_statistics.from_groups, across, along):
+        for found, expected in zip(*map(jax.tree.leaves, map(measure, (half, single))), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_layers_by_themselves_add_up_to_the_whole():
     grads = {'a': draw(4, 2, 1)[0], 'b': 2 * draw(4, 2, 2)[1]}
     layers = gradient_statistics.from_groups(grads, 2, per_layer=True)
@@ -78,6 +89,8 @@ def test_per_example_gradients_of_a_linear_model_have_the_variance_worked_by_han
     loss = lambda w, a: 0.5 * jnp.sum((w - a) ** 2)  # noqa: E731
     found = gradient_statistics.per_example(loss, w, a)
     np.testing.assert_allclose(found.variance, np.var(a, 0, ddof=1).sum(), rtol=1e-4)
+    layers = gradient_statistics.per_example(lambda w, a: loss(w['w'], a), {'w': w}, a, per_layer=True)
+    np.testing.assert_allclose(layers.variance['w'], found.variance, rtol=1e-5)
 
 
 def test_across_devices_pmap_and_shard_map_agree_with_the_groups_at_hand():
@@ -174,8 +187,20 @@ def test_the_step_measures_the_gradients_of_its_microbatches_before_weight_decay
     assert sums['squared_gradient'] == pytest.approx(float(expected.squared_gradient), rel=1e-3)
 
 
-def test_the_step_measures_inner_products(trained):
-    _, sums = trained('inner_products')
+@pytest.mark.parametrize('num_microbatches, groups', [(1, 1), (8, 8), (12, 6), (16, 8), (11, 11)])
+def test_groups_are_as_many_as_divide_the_microbatches_up_to_eight_or_each_by_itself(
+    num_microbatches, groups
+):
+    spec = steps.StepSpec(
+        None, None, None, (8, 8, 3), 528, num_microbatches, statistics='inner_products'
+    )
+    assert spec.num_groups == groups
+
+
+@pytest.mark.parametrize('num_microbatches', [2, 4])  # of each device; 4 are two groups
+def test_the_step_measures_inner_products(trained, monkeypatch, num_microbatches):
+    monkeypatch.setattr(steps.spec, 'MOST_GROUPS', 2)
+    _, sums = trained('inner_products', num_microbatches)
     grads = trained.grads()
     mean = jax.tree.map(lambda g: jnp.mean(g, 0), grads)
     expected = gradient_statistics.inner_products(grads, mean, BATCH // 4)

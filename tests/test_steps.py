@@ -45,6 +45,15 @@ class Scaled(nn.Module):
         return norm()(images).mean(axis=(1, 2))
 
 
+class Dropped(nn.Module):
+    """Dropout alone: from 0, a class's weights show what its only example left out."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        kept = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(images), 64)))
+        return nn.Dense(4, use_bias=False, kernel_init=nn.initializers.zeros)(kept)
+
+
 SHAPE = (4, 4, 3)
 NORMALIZE = steps.Normalize((100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
 
@@ -163,6 +172,14 @@ def test_running_statistics_are_the_mean_over_devices_and_microbatches():
     stats = after.batch_stats['BatchNorm_0']
     np.testing.assert_allclose(stats['mean'], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * var, rtol=1e-4)
+
+
+def test_every_update_device_and_microbatch_leaves_out_other_units():
+    spec = make_spec(Dropped(), batch_size=4, num_microbatches=2)
+    batch, state = make_batch(4) | {'label': np.arange(4, dtype=np.int32)}, make_state(spec)
+    states = [run_step(spec, state.replace(step=state.step + k), batch)[0] for k in (0, 1)]
+    of_classes = [column for s in states for column in np.asarray(s.params['Dense_0']['kernel']).T]
+    assert len(np.unique(of_classes, axis=0)) == 8
 
 
 def test_sync_statistics_are_those_of_the_whole_batch():
