@@ -114,6 +114,13 @@ def test_a_snapshot_draws_without_replacement_and_anew_each_time():
     assert list(found.batch(0, 0)) == list(first) and list(found.batch(1, 0)) != list(first)
 
 
+def test_a_snapshot_is_not_what_an_epoch_begins_with():
+    found = snapshots(64)
+    for number in range(2):
+        batch = found.batch(0, number)
+        assert set(batch) != set(order.epoch_order(0, number, 200)[: len(batch)])
+
+
 # --------------------------------------------------------------------------------- SVRG
 
 
@@ -146,11 +153,11 @@ def test_mixed_svrg_is_unbiased_whatever_its_batch_is(tmp_path):
         assert np.std(directions, 0).max() > 0.05  # each by itself is not
 
 
-def features(experiment):
+def features(experiment, view=lambda images: images):
     images, labels = input_pipeline.load_split(
         experiment.config.dataset, experiment.config.dataset.train_split
     )
-    x = (images - np.array(experiment.info.mean)) / np.array(experiment.info.std)
+    x = (view(images) - np.array(experiment.info.mean)) / np.array(experiment.info.std)
     x = np.concatenate([x.reshape(len(x), -1), np.ones((len(x), 1))], 1)
     return x, labels
 
@@ -229,13 +236,33 @@ def test_at_the_snapshot_itself_every_batch_has_the_same_direction(monkeypatch):
     assert max(jax.tree.leaves(moving)) > 1e-3
 
 
+def test_a_snapshot_sees_the_crops_of_the_epoch_that_it_is_taken_in():
+    """And what fills up its last part counts for nothing."""
+    config = digits('svrg', 8, dataset__augment='pad_crop', dataset__train_split='train[:124]')
+    config.dataset.crop_padding = 2
+
+    def cropped(images):
+        padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
+        offsets, _ = order.crop_and_flip(0, np.ones(124, int), np.arange(124), 2, False)
+        return np.stack([x[i : i + 8, j : j + 8] for x, (i, j) in zip(padded, offsets, strict=True)])
+
+    experiment, (state,) = after_updates(config, 1, start=124)
+    x, labels = features(experiment, cropped)
+    mean = x.T @ slopes(np.zeros((65, 10)), x, labels) / 124
+    np.testing.assert_allclose(
+        weights(state.replace(params=state.reduction['gradient'])), mean, atol=1e-6
+    )
+    assert int(state.reduction['evaluations']) == 124 + 2 * 8
+
+
 def test_running_statistics_are_those_of_the_snapshots_batch_and_stay():
-    config = digits('svrg', 8, model__name='cnn')
+    """Of its whole parts: what fills up the last one would count twice."""
+    config = digits('svrg', 8, model__name='cnn', dataset__train_split='train[:124]')
     experiment, states = after_updates(config, 3)
-    images, _ = input_pipeline.load_split(experiment.config.dataset, 'train[:120]')
+    images, _ = input_pipeline.load_split(experiment.config.dataset, 'train[:124]')
     spec, begun = experiment.eval_spec, experiment.initial_state()
     sums = None
-    for part in experiment.snapshots.batch(0, 0).reshape(-1, 2, 4):  # a device's examples by themselves
+    for part in experiment.snapshots.batch(0, 0)[:120].reshape(-1, 2, 4):  # a device's by themselves
         for index in part:
             _, moved = experiment.reduction.estimator.apply(
                 begun.variables, spec.normalize(images[index]), train=True, mutable=['batch_stats']
@@ -311,6 +338,8 @@ def test_examples_come_from_the_sample_and_new_ones_at_once(first_size, doubling
     grown = np.flatnonzero(np.diff(sizes, prepend=first_size))
     if not doubling:
         np.testing.assert_array_equal(rank[grown], sizes[grown] - 1)
+    newest = np.delete(rank == sizes - 1, grown)
+    assert newest[:50].mean() < 0.3  # between them from the whole sample
     later, _ = order.growing_sample(3, n, first_size, doubling, 130, 7)
     np.testing.assert_array_equal(later, examples[130:137])  # a function of the position alone
     counts = np.bincount(order.growing_sample(3, n, first_size, doubling, 10_000, 50_000)[0])
