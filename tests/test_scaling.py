@@ -245,3 +245,8 @@ def test_a_prediction_takes_no_devices_that_the_groups_of_batch_norm_leave_out()
 
 def test_computation_is_a_tenth_of_what_was_timed_at_least():
     assert scaling.computation(2, {8: 1.0}, scaling.Network(10.0, 0.0), 1000) == ((4, 0.1),)
+
+
+def test_computation_is_in_order_of_the_examples_however_it_was_measured():
+    found = scaling.computation(2, {16: 3.0, 8: 2.0}, scaling.Network(0.0, 0.0), 1000)
+    assert found == ((4, 2.0), (8, 3.0))

@@ -417,6 +417,16 @@ def test_running_statistics_that_overflow_count_as_not_finite():
     assert np.isfinite(sums['loss']) and sums['non_finite'] == 1
 
 
+def test_a_loss_that_is_not_finite_is_seen_though_the_weights_are():
+    spec = make_spec()
+    state, batch = make_state(spec), make_batch() | {'label': np.ones(16, np.int32)}
+    bias = jnp.array([3e38, -3e38, 0.0])
+    params = {'Dense_0': {'kernel': jnp.zeros_like(state.params['Dense_0']['kernel']), 'bias': bias}}
+    after, sums = run_step(spec, state.replace(params=params), batch)
+    assert np.isinf(sums['loss']) and sums['non_finite'] == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
 def test_learning_rate_enters_through_the_optimizers_hyperparameter():
     optimizer = optimizers.create('sgd', momentum=0.0)
     state = optax.tree.set(optimizer.init({'w': jnp.ones(2)}), learning_rate=0.25)

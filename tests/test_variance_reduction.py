@@ -96,6 +96,12 @@ def test_sizes_are_rounded_up_to_the_ladder():
     assert [snapshots(10, 1.5).size(number) for number in range(4)] == [16, 16, 32, 64]
 
 
+def test_a_run_takes_snapshots_of_the_sizes_of_its_batches():
+    config = digits('svrg', 8, batch__growth_factor=3.0, optimizer__svrg__first_size=12)
+    found = describe(resolve(config)).snapshots
+    assert [found.size(number) for number in range(4)] == [24, 24, 72, 120]
+
+
 def test_the_error_of_a_snapshot_falls_as_asked_for():
     found, n = snapshots(20, error_decay=0.8), 200
 
@@ -309,8 +315,30 @@ def test_snapshots_leave_out_what_had_no_gradient_and_come_back_to_it():
         new = int(after.reduction['evaluations']) - int(before.reduction['evaluations'])
         inside = order.examples_at(0, 120, 15 * 8 * number, 8)[0]
         assert new == 120 - skipped.sum() + 8 + (~skipped[inside]).sum()
+        # What is left out counts as 0 in the mean.
+        gradients = np.where(np.eye(10)[labels], -1, 1) * np.clip(1.5 - margins, 0, 1)
+        mean = x.T @ (gradients * ~skipped[:, None]) / 120
+        np.testing.assert_allclose(
+            weights(after.replace(params=after.reduction['gradient'])), mean, atol=1e-5
+        )
         skipped_in_all += skipped.sum()
     assert skipped_in_all > 200
+
+
+def test_an_example_that_a_snapshot_left_out_counts_with_its_own_gradient_alone():
+    config = digits('svrg', 8, optimizer__svrg__skip_zeros=True, optimizer__svrg__snapshot_passes=100.0)
+    config.optimizer.update(dict(momentum=0.0, weight_decay=0.0))
+    experiment, (state,) = after_updates(config, 1)  # its snapshot is of weights of 0
+    (x, labels), w = features(experiment), weights(state)
+    index = order.examples_at(0, 120, 8, 8)[0]
+    x, labels, skipped = x[index], labels[index], np.arange(120) == index[3]
+    _, (after,) = after_updates(
+        config, 1, 8, state.replace(reduction=state.reduction | {'skipped': skipped})
+    )
+    there = slopes(0 * w, x, labels) * ~skipped[index][:, None]
+    direction = x.T @ (slopes(w, x, labels) - there) / 8
+    direction += weights(state.replace(params=state.reduction['gradient']))
+    np.testing.assert_allclose(weights(after), w - 0.02 * direction, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------- SAGA
@@ -404,6 +432,15 @@ def test_a_full_memory_gives_the_exact_gradient_of_the_sample(tmp_path):
     )
     _, (moved,) = after_updates(config, 1, 800, filled)
     np.testing.assert_allclose(bias(moved), x - 0.02 * (x - targets.mean(0)), atol=1e-6)
+
+
+def test_a_skipped_update_leaves_the_memory_of_saga_as_it_was():
+    config = digits('saga', 8, divergence__action='skip')
+    _, (state,) = after_updates(config, 1)
+    broken = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    _, (after,) = after_updates(config, 1, 8, broken)
+    for name in ('memory', 'seen'):
+        np.testing.assert_array_equal(after.reduction[name], state.reduction[name])
 
 
 # ---------------------------------------------------------------------------------- runs
