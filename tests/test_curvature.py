@@ -198,6 +198,10 @@ def test_the_trace_is_unbiased_and_its_error_is_the_stated_one(network, products
     assert found.error == pytest.approx(np.sqrt(2 * np.sum(off**2) / 400), rel=0.15)
     diagonal = curvature.trace(lambda v: 3 * v, np.zeros(7, np.float32), 2)
     assert diagonal == (21.0, 0.0)
+    # Of two samples of 2 or -2 each: half their difference.
+    swap = lambda v: v[::-1]  # noqa: E731
+    errors = {curvature.trace(swap, np.zeros(2, np.float32), 2, seed).error for seed in range(8)}
+    assert sorted(errors) == pytest.approx([0.0, 2.0])
 
 
 # -------------------------------------------------------------------------------- sharpness
@@ -227,16 +231,18 @@ def test_sharpness_of_a_quadratic_is_the_closed_form(epsilon):
     )
 
 
-def test_sharpness_in_a_subspace_is_that_of_its_box():
+@pytest.mark.parametrize('seed', [0, 3])
+def test_sharpness_in_a_subspace_is_that_of_its_box(seed):
     """With one dimension the maximum is at an end of a segment that can be worked out."""
     h, c, x = np.array([1.0, 5, 2]), 0.3, np.array([0.4, -1, 2], np.float32)
-    direction = np.random.default_rng(0).standard_normal((3, 1), np.float32)[:, 0]
+    direction = np.random.default_rng(seed).standard_normal((3, 1), np.float32)[:, 0]
     inside = direction @ x / (direction @ direction)
     reach = 1e-3 * (abs(inside) + 1)
     value = quadratic(h, c)
     best = max(value(x + s * reach * direction)[0] for s in (-1, 1))
     expected = 100 * (best - value(x)[0]) / (1 + value(x)[0])
-    assert sharpness.sharpness(value, x, 1e-3, 10, dimensions=1) == pytest.approx(expected, rel=1e-3)
+    found = sharpness.sharpness(value, x, 1e-3, 10, dimensions=1, seed=seed)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_flat_loss_has_no_sharpness_and_mistakes_are_named():
