@@ -77,6 +77,13 @@ def test_folders_are_classes_and_splits(folder):
     assert (info.image_shape, info.num_classes, info.num_train, info.num_eval) == ((8, 8, 3), 3, 15, 6)
 
 
+def test_the_images_of_a_folder_are_in_the_same_order_in_every_version(folder):
+    split = input_pipeline.open_split(_dataset(folder), 'train')
+    paths = sorted(str(path) for path in (folder / 'train').glob('*/*'))
+    expected = [paths[k] for k in np.random.default_rng(0).permutation(15)]
+    assert [split.name(k) for k in range(15)] == expected
+
+
 def _dataset(folder, **changes):
     config = default_config()
     config.dataset.update(

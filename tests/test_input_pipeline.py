@@ -178,6 +178,16 @@ def test_digits_are_split_without_overlap():
     np.testing.assert_allclose(images.std(), info.std[0], rtol=0.02)
 
 
+def test_the_digits_of_each_split_are_the_same_in_every_version():
+    from sklearn.datasets import load_digits
+
+    config = default_config()
+    config.dataset.name = 'digits'
+    target = load_digits().target[np.random.default_rng(0).permutation(1797)]
+    for split, expected in (('test', target[:360]), ('train', target[360:])):
+        np.testing.assert_array_equal(datasets.load_split(config.dataset, split)[1], expected)
+
+
 def test_a_closed_pipeline_keeps_no_images():
     """tf.data keeps the generators of a process's pipelines; a notebook trains again and again."""
     pipeline, _ = make_pipeline()
