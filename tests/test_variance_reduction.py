@@ -351,6 +351,12 @@ def test_the_sample_grows_with_every_second_example_and_is_whole_at_2n_minus_1()
     assert sizes[2 * n - 2] == n - 1 and sizes[2 * n - 1] == n and sizes[-1] == n
 
 
+def test_the_sample_begins_with_two_examples_for_each_feature_where_there_are_as_many():
+    for split, first in (('train', 128), ('train[:120]', 120)):
+        experiment = describe(resolve(digits('dynasaga', dataset__train_split=split)))
+        assert experiment.note.endswith(f'Sample: {first} examples at first.')
+
+
 def test_the_doubling_sample_waits_for_two_passes():
     sizes = order.sample_sizes(np.arange(70), 50, 4, doubling=True)
     assert [int(np.argmax(sizes == size)) for size in (8, 16, 32, 50)] == [9, 17, 33, 65]
