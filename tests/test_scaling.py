@@ -250,3 +250,9 @@ def test_computation_is_a_tenth_of_what_was_timed_at_least():
 def test_computation_is_in_order_of_the_examples_however_it_was_measured():
     found = scaling.computation(2, {16: 3.0, 8: 2.0}, scaling.Network(0.0, 0.0), 1000)
     assert found == ((4, 2.0), (8, 3.0))
+
+
+def test_devices_that_have_no_example_send_nothing():
+    found = model(network=(1e-3, 1e-6))
+    assert found.update(16, 4096) == found.update(16, 16)
+    assert found.update(16, 16) == pytest.approx(found.compute(1) + 8e-3 + 1.875e-3)
