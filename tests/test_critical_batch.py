@@ -153,6 +153,18 @@ def test_a_branch_trains_as_a_run_with_its_batch_size_would(tmp_path, monkeypatc
     assert seen[0][16] == pytest.approx(np.mean([record['loss'] for record in half]), rel=1e-5)
 
 
+def test_losses_of_weights_that_do_not_move_are_the_same_for_every_batch_size(tmp_path, monkeypatch):
+    seen, wanted = [], {'learning_rate.effective': 1e-9, 'optimizer.momentum': 0.0}
+    monkeypatch.setattr(
+        critical_batch, 'tolerated', lambda losses, tolerance: seen.append(losses) or min(losses)
+    )
+    wanted |= {'model.batch_norm': 'ghost:2', 'batch.critical_batch.probe_epochs': 0.9}
+    train.train(tiny(**PROBING | wanted | {'batch.statistics.max_rungs': 2}), tmp_path)
+    for losses in seen:
+        assert losses == pytest.approx(dict.fromkeys((8, 16, 32), losses[8]), rel=1e-5)
+    assert len({round(losses[8], 3) for losses in seen}) > 1  # the examples matter
+
+
 def test_a_run_that_probes_grows_and_is_continued_and_replayed_exactly(tmp_path):
     ends = [train.train(tiny(**PROBING), tmp_path / 'whole')]
     stages = of_kind(tmp_path / 'whole', 'stage')

@@ -9,7 +9,7 @@ critical batch sizes by far in that paper; the price is the probes: ``max_rungs 
 seconds are in the ``summary`` record, and not among the examples seen.
 
 Where the paper smooths the losses of a branch's updates (a decay of 0.5), this takes their mean over the
-second half of the branch: the same examples for every batch size.
+second half of the branch, which for batch sizes that divide the largest are the same examples for all.
 """
 
 import math
