@@ -188,6 +188,16 @@ def test_the_digits_of_each_split_are_the_same_in_every_version():
         np.testing.assert_array_equal(datasets.load_split(config.dataset, split)[1], expected)
 
 
+def test_images_and_labels_cannot_be_changed_for_later_runs():
+    dataset = default_config().dataset
+    dataset.name = 'digits'
+    images, labels = datasets.load_split(dataset, 'train')
+    with pytest.raises(ValueError, match='read-only'):
+        images[:] = 0
+    kept, labels[:] = labels.copy(), 0
+    np.testing.assert_array_equal(datasets.load_split(dataset, 'train')[1], kept)
+
+
 def test_a_closed_pipeline_keeps_no_images():
     """tf.data keeps the generators of a process's pipelines; a notebook trains again and again."""
     pipeline, _ = make_pipeline()

@@ -354,7 +354,7 @@ def open_split(dataset, split: str) -> EncodedSplit:
 
 
 def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 ``[n, height, width, channels]`` and labels int32 ``[n]`` of a split.
+    """Images uint8 ``[n, height, width, channels]``, read-only, and labels int32 ``[n]`` of a split.
 
     Raises:
       ValueError, FileNotFoundError: data that is missing, or is not what it should be.
@@ -386,4 +386,6 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
             f'expected labels from 0 on, below {source.num_classes}'
         )
     part = slice(chosen.start, chosen.stop)
-    return images[part], labels[part].astype(np.int32)
+    images = images[part]  # a view of what the source may keep for other runs of this process
+    images.setflags(write=False)
+    return images, labels[part].astype(np.int32)
