@@ -1,12 +1,23 @@
 """Clock, transitions and plan at the edges of what they accept."""
 
+import dataclasses
+import json
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adabatch_jax import schedules
-from adabatch_jax.schedules import Clock, LearningRate, Transition, make_plan, split_batch
+from adabatch_jax.schedules import (
+    Clock,
+    LearningRate,
+    Transition,
+    Update,
+    make_plan,
+    next_update,
+    split_batch,
+)
 
 
 def test_a_run_has_an_example_at_least_and_an_epoch_less_than_32_bits_count():
@@ -32,6 +43,21 @@ def test_multiples_of_an_interval_lie_inside_the_run_and_are_not_too_many():
             Clock(10, 1).multiples(every, 'x')
     with pytest.raises(ValueError, match='1 epochs or more'):
         Clock(10, 1000).multiples(0.9, 'x')
+
+
+@pytest.mark.parametrize('whole', [jnp.uint32, np.uint32, np.int64])
+def test_a_clock_takes_whole_numbers_of_any_type(whole):
+    """An unsigned one below 0 would be as many as it has, and a large one in float32 not itself."""
+    clock, same = Clock(1000, 4, 'drop'), Clock(np.uint32(1000), np.float32(4), 'drop')
+    assert (clock, json.dumps(dataclasses.asdict(clock))) == (same, json.dumps(dataclasses.asdict(same)))
+    for c in (clock, same):
+        update = c.update_at(whole(960), whole(64))
+        assert update == Update(1000, 1064, 64) and type(update.start) is int
+        assert c.updates_before(whole(960), whole(2000), whole(64)) == (15, Update(1896, 2000, 64))
+        assert list(c.stretches(whole(960), whole(2000), whole(64), [1.0])) == [1, 14]
+        assert next_update(c, whole(960), lambda seen: 64) == Update(1000, 1064, 64)
+        assert c.passes(1.0, whole(990), whole(1000)) and not c.passes(1.0, whole(0), whole(999))
+    assert Clock(1, 2**25).epoch(whole(2**24 + 1)) == 2**24 + 1
 
 
 def decays_at(*epochs):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
@@ -29,6 +30,9 @@ class Update:
 class Clock:
     """Training progress, measured in examples seen.
 
+    Its methods take positions and batch sizes of any integer type, ``TrainState.examples_seen`` among
+    them, and compute in ``int``; a float for one is a ``TypeError``.
+
     Attributes:
       num_examples: training examples in one epoch.
       num_epochs: length of the run; a run ends with the update that reaches it.
@@ -43,8 +47,10 @@ class Clock:
     def __post_init__(self):
         if not isinstance(self.num_examples, numbers.Integral) or self.num_examples < 1:
             raise ValueError(f'num_examples: got {self.num_examples!r}; needs at least 1 example')
+        object.__setattr__(self, 'num_examples', operator.index(self.num_examples))
         if not (math.isfinite(self.num_epochs) and self.num_epochs > 0):
             raise ValueError(f'num_epochs: got {self.num_epochs}; needs a positive number')
+        object.__setattr__(self, 'num_epochs', float(self.num_epochs))
         if self.remainder not in REMAINDERS:
             raise ValueError(f'remainder: got {self.remainder!r}; accepted: {", ".join(REMAINDERS)}')
         if not 1 <= self.total_examples <= MAX_EXAMPLES - self.num_examples:
@@ -65,7 +71,7 @@ class Clock:
     def passes(self, every_epochs: float, before: int, after: int) -> bool:
         """Whether a multiple of an interval of epochs lies between two positions, or on the latter."""
         interval = self._interval(every_epochs)
-        return after // interval > before // interval
+        return operator.index(after) // interval > operator.index(before) // interval
 
     def _interval(self, every_epochs: float) -> Fraction:
         # The decimal number that was written, not the nearest binary one: ten tenths are a whole.
@@ -90,10 +96,11 @@ class Clock:
 
     def epoch(self, examples_seen: int) -> float:
         """Progress in epochs; exact at every whole epoch."""
-        return examples_seen / self.num_examples
+        return operator.index(examples_seen) / self.num_examples
 
     def update_at(self, examples_seen: int, batch_size: int) -> Update:
         """The update of ``batch_size`` that follows at ``examples_seen``."""
+        examples_seen, batch_size = map(operator.index, (examples_seen, batch_size))
         start = self._skip_partial(examples_seen, batch_size)
         return Update(start, self._skip_partial(start + batch_size, batch_size), batch_size)
 
@@ -114,6 +121,7 @@ class Clock:
         self, examples_seen: int, stop: int, batch_size: int
     ) -> tuple[int, Update | None]:
         """How many updates of ``batch_size`` begin before ``stop``, and the last of them."""
+        stop, batch_size = map(operator.index, (stop, batch_size))
         count, last = 0, None
         while (update := self.update_at(examples_seen, batch_size)).start < stop:
             # All updates of one epoch (with ``carry``, of the whole stretch) at once.
@@ -141,6 +149,7 @@ class Clock:
         Yields:
           Each such number; their sum is the number of updates that begin before ``stop``.
         """
+        start, stop = map(operator.index, (start, stop))
         intervals = [self._interval(every) for every in every_epochs]
         while (first := self.update_at(start, batch_size)).start < stop:
             multiple = min(math.ceil((start // interval + 1) * interval) for interval in intervals)
@@ -157,6 +166,7 @@ def next_update(clock: Clock, examples_seen: int, decide: Callable[[int], int]) 
       examples_seen: the clock after the update before.
       decide: batch size for a position.
     """
+    examples_seen = operator.index(examples_seen)
     update = clock.update_at(examples_seen, decide(examples_seen))
     if update.start != examples_seen:  # a dropped partial batch: the decision is for a new epoch
         update = clock.update_at(update.start, decide(update.start))
