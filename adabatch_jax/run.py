@@ -26,7 +26,7 @@ from adabatch_jax import (
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import changes, schedule_of
+from adabatch_jax.config import changes, schedule_of, user_errors
 from adabatch_jax.evaluate import evaluate
 from adabatch_jax.experiment import Experiment
 from adabatch_jax.host_state import HostState
@@ -142,10 +142,9 @@ class Run:
             self.probed = ()
 
         def batch_size_at(examples_seen: int) -> int:
-            self.decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
-            if self.decision.batch_size not in policy.ladder:
-                name = type(policy).__name__
-                raise ValueError(f'{name}: got {self.decision}; accepted: sizes of {policy.ladder}')
+            decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
+            with user_errors('config.batch'):
+                self.decision = policies.checked(self.experiment.config.batch.policy, policy, decision)
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)

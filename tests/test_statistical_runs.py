@@ -214,6 +214,15 @@ def test_a_policy_that_several_runs_share_is_left_as_it_is(monkeypatch):
     assert shared == Frozen()
 
 
+@pytest.mark.parametrize('decision', [None, 8, policies.Decision(12, '')])
+def test_what_a_policy_decides_has_to_be_a_decision_for_its_ladder(tmp_path, monkeypatch, decision):
+    decides = type('Decides', (Frozen,), {'decide': lambda *_: decision})
+    mine = types.SimpleNamespace(create=lambda *_: decides(), COUPLING='none')
+    monkeypatch.setitem(policies.POLICIES, 'mine', mine)
+    with pytest.raises(ConfigError, match=r"batch.policy: got 'mine', .* one of the batch sizes 8$"):
+        train.train(tiny(**{'batch.policy': 'mine'}), tmp_path)
+
+
 def test_adascale_trains_with_rates_between_those_of_the_two_batch_sizes(tmp_path):
     changes = {
         'batch.policy': 'adascale',

@@ -26,6 +26,7 @@ __all__ = [
     'Policy',
     'State',
     'as_saved',
+    'checked',
     'control',
     'control_coupling',
     'coupling',
@@ -81,6 +82,20 @@ def _check(name: str, policy: Any) -> None:
         )
     if not all(type(size) is int for size in policy.ladder):
         raise ValueError(f'policy: got {name!r} with the ladder {policy.ladder}; accepted: int')
+
+
+def checked(name: str, policy: Policy, decision: Any) -> Decision:
+    """What ``decide`` of a policy, known by ``name``, has returned.
+
+    Raises:
+      ValueError: that is no ``Decision``, or not for a batch size of the ladder.
+    """
+    if not isinstance(decision, Decision) or decision.batch_size not in policy.ladder:
+        raise ValueError(
+            f'policy: got {name!r}, which decides {decision!r}; accepted: a Decision for one of the '
+            f'batch sizes {", ".join(map(str, policy.ladder))}'
+        )
+    return decision
 
 
 def coupling(config) -> str:
