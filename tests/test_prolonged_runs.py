@@ -30,6 +30,17 @@ def test_a_run_that_was_prolonged_is_replayed_as_a_whole_and_not_before_its_end(
     assert [s.batch_size for s in of_all.stages] == [*(s.batch_size for s in of_first.stages), 8]
 
 
+def test_a_run_with_gains_of_its_learning_rate_leaves_nothing_to_replay(tmp_path):
+    """The rates of a part would be another's: a run of noise_scale goes on with adascale, then not."""
+    for epochs, policy in ((0.5, 'noise_scale'), (0.8, 'adascale'), (1.1, 'noise_scale')):
+        changes = {'num_epochs': epochs, 'batch.policy': policy}
+        train.train(tiny(**CONFIG | changes), tmp_path, allow_schedule_change=True)
+        assert (tmp_path / 'schedule.json').exists() == (epochs == 0.5)
+    replay = {'batch.policy': 'replay', 'batch.replay': str(tmp_path)}
+    with pytest.raises(ConfigError, match='whose batch sizes, and no gains of its learning rates, were'):
+        train.plan(tiny(**CONFIG | replay))
+
+
 def test_a_replay_of_a_run_that_is_another_now_is_refused_and_left_as_it_is(tmp_path):
     source, directory = tmp_path / 'source', tmp_path / 'replay'
     train.train(tiny(**SHORT), source)

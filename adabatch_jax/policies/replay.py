@@ -2,7 +2,8 @@
 
 ``batch.replay`` names the work directory of a finished run that was driven by statistics. With the rest
 of its config the replay ends in the same weights: it splits its batches in the same way and has its
-coupling.
+coupling. A run whose decisions gave gains in place of the coupling, as those of ``adascale``, leaves no
+schedule.
 """
 
 import json
@@ -26,7 +27,7 @@ def load(workdir: str | os.PathLike) -> dict[str, Any]:
     if not str(workdir) or not path.is_file():
         raise ValueError(
             f'replay: got {str(workdir)!r}; accepted: the work directory of a finished run whose batch '
-            f'sizes were decided by a policy, which holds {FILE}'
+            f'sizes, and no gains of its learning rates, were decided by a policy, which holds {FILE}'
         )
     try:
         schedule = json.loads(path.read_text(encoding='utf-8'))
