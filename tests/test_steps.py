@@ -448,9 +448,10 @@ def test_unknown_optimizer_and_model_list_what_exists():
 
 
 def test_an_optimizer_without_a_learning_rate_to_set_is_refused_and_optax_has_a_way():
-    spec = dataclasses.replace(make_spec(), optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match='no learning_rate; .* optax.inject_hyperparams'):
-        steps.compile_step(spec)
+    of_schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(0.1))
+    for optimizer, has in ((optax.sgd(0.1), 'no learning_rate'), (of_schedule, 'a schedule')):
+        with pytest.raises(ValueError, match=f'state has {has}; .* optax.inject_hyperparams'):
+            steps.compile_step(dataclasses.replace(make_spec(), optimizer=optimizer))
     plain = make_spec(momentum=0.9)
     spec = dataclasses.replace(
         plain, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.0, momentum=0.9)

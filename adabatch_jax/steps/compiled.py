@@ -108,10 +108,11 @@ def _shapes(spec: StepSpec) -> tuple:
     )
     if not spec.train:
         return state.variables, batch_shapes(spec)
-    if not optax.tree.get_all_with_path(state.opt_state, 'learning_rate'):
+    rates = optax.tree.get_all_with_path(state.opt_state, 'learning_rate')
+    if not rates or not all(isinstance(rate, jax.ShapeDtypeStruct) for _, rate in rates):
         raise ValueError(
-            'optimizer: got one whose state has no learning_rate; accepted: of optimizers.create, or '
-            'optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
+            f'optimizer: got one whose state has {"a schedule" if rates else "no learning_rate"}; '
+            'accepted: of optimizers.create, or optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
         )
     scalars = (jax.ShapeDtypeStruct(_updates(spec), dtype) for dtype in (jnp.float32, jnp.uint32))
     return state, batch_shapes(spec), *scalars
