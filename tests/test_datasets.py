@@ -122,11 +122,11 @@ def own(monkeypatch):
     def add(labels, **changes):
         images = np.zeros((12, 8, 8, 1), np.uint8)
         fields = {'mean': [100.0], 'std': np.array([50.0])} | changes
-        sizes = {'train': 12, 'test': 12}
+        fields = {'image_shape': [8, 8, 1], 'sizes': {'train': 12, 'test': 12}} | fields
 
         def create(dataset, seed):
             read = lambda split: (images, labels)  # noqa: E731
-            return input_pipeline.Source([8, 8, 1], 2, sizes=sizes, read=read, **fields)
+            return input_pipeline.Source(num_classes=2, read=read, **fields)
 
         monkeypatch.setitem(input_pipeline.SOURCES, 'own', create)
         config = default_config()
@@ -160,6 +160,26 @@ def test_an_own_data_set_has_a_label_for_each_image(own, labels):
 def test_an_own_data_set_has_moments_for_each_channel(own, changes):
     with pytest.raises(ValueError, match='accepted: a number for each of the 1 channels, std above 0'):
         input_pipeline.dataset_info(own(np.zeros(12, int), **changes))
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'image_shape': (8, 8)}, r'^image_shape: got \(8, 8\); accepted: height, width and channels$'),
+        ({'image_shape': (8, 8.0, 1)}, r'^image_shape: got \(8.0, 8.0, 1.0\); accepted'),
+        ({'sizes': {}}, '^sizes: got {}; accepted: the number of examples by split$'),
+    ],
+)
+def test_an_own_data_set_has_images_of_one_shape_and_splits(own, changes, message):
+    with pytest.raises(ValueError, match=message):
+        input_pipeline.dataset_info(own(np.zeros(12, int), **changes))
+
+
+def test_a_function_for_a_data_set_that_returns_none_is_named(own, monkeypatch):
+    dataset = own(np.zeros(12, int))
+    monkeypatch.setitem(input_pipeline.SOURCES, 'own', lambda dataset, seed: None)
+    with pytest.raises(ValueError, match=r"^name: got 'own', .* returns a NoneType; accepted"):
+        input_pipeline.dataset_info(dataset)
 
 
 def test_the_moments_of_one_channel_may_be_numbers(own):

@@ -297,6 +297,11 @@ def _source(dataset, seed: int) -> Source:
             'dataset.data_dir'
         )
     source = create(dataset, seed)
+    if not isinstance(source, Source):
+        raise ValueError(
+            f'name: got {dataset.name!r}, whose function in SOURCES returns a {type(source).__name__}; '
+            'accepted: a Source'
+        )
     augmentations = ('none', 'pad_crop', 'pad_crop_flip')
     if source.open:
         augmentations = ('none', 'random_resized_crop')

@@ -30,6 +30,12 @@ class Source:
         for name in ('image_shape', 'mean', 'std'):  # compiled steps are kept by them, so hashable
             value = np.atleast_1d(getattr(self, name)).tolist()
             object.__setattr__(self, name, tuple(value))
+        if len(self.image_shape) != 3 or not all(type(n) is int and n > 0 for n in self.image_shape):
+            raise ValueError(
+                f'image_shape: got {self.image_shape}; accepted: height, width and channels'
+            )
+        if not self.sizes:
+            raise ValueError(f'sizes: got {self.sizes}; accepted: the number of examples by split')
         channels = self.image_shape[-1]
         is_right = len(self.mean) == len(self.std) == channels and np.all(np.isfinite(self.mean))
         if not is_right or not 0 < min(self.std) <= max(self.std) < np.inf:
