@@ -141,7 +141,7 @@ def read_run(directory: str | os.PathLike) -> Run:
     Raises:
       ValueError: there is no run.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(directory).expanduser()
     skipped: list[str] = []
     records = []
     for record in metrics.read_records(directory, skipped.append):

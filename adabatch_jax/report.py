@@ -47,7 +47,7 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     tables = [comparison_table(groups)]
     if benchmark:
         with user_errors('--benchmark'):
-            tables.append(passes_table(json.loads(pathlib.Path(benchmark).read_text())))
+            tables.append(passes_table(json.loads(pathlib.Path(benchmark).expanduser().read_text())))
     if any(minima(g) for g in groups):
         tables.append(minima_table(groups))
     tables += [stage_table(group) for group in groups]

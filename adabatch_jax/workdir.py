@@ -41,7 +41,7 @@ def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: no run there, or a file that is not a config.
     """
-    path = pathlib.Path(workdir, CONFIG_FILE)
+    path = pathlib.Path(workdir, CONFIG_FILE).expanduser()
     try:
         return from_json(path.read_text(encoding='utf-8'))
     except FileNotFoundError:

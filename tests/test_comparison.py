@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_report import write_run
 
-from adabatch_jax import comparison, report
+from adabatch_jax import comparison, report, workdir
+from adabatch_jax.config import ConfigError
 
 
 def test_a_mean_curve_ends_where_the_shortest_run_does(tmp_path):
@@ -17,6 +18,15 @@ def test_a_mean_curve_ends_where_the_shortest_run_does(tmp_path):
     np.testing.assert_allclose(x, [1, 2])
     (row,) = comparison.comparison_rows([group])
     assert row['epochs'] == 3 and row['finished'] == 1
+
+
+def test_files_are_found_from_home(tmp_path, monkeypatch):
+    write_run(tmp_path / 'run')
+    (tmp_path / 'times.json').write_text('{}')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert report.page(['~/run']).num_runs == 1 and workdir.read_config('~/run')
+    with pytest.raises(ConfigError, match='--benchmark: no figures of'):
+        report.page(['~/run'], '~/times.json')
 
 
 def test_the_seconds_of_probes_are_training_of_the_run_that_needs_them(tmp_path):
