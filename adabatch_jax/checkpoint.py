@@ -203,7 +203,7 @@ def best_step(directory: str | os.PathLike) -> int | None:
 
 def restore(
     directory: str | os.PathLike,
-    step: int | Literal['best'] | None = None,
+    step: int | Literal['latest', 'best'] | None = None,
     target: Any = None,
     report: Callable[[str], Any] = warnings.warn,
 ) -> tuple[Any, dict[str, Any]]:
@@ -211,7 +211,7 @@ def restore(
 
     Args:
       directory: the folder of the checkpoints.
-      step: which one; ``'best'`` for that of ``best_step``, None for the latest.
+      step: which one; ``'best'`` for that of ``best_step``, ``'latest'`` or None for the latest.
       target: pytree of arrays or shapes that gives the structure; None for the structure that was
         saved, in dictionaries.
       report: takes a line about each damaged one that was passed over.
@@ -228,7 +228,7 @@ def restore(
     existing = steps(directory)
     if step == 'best' and (step := best_step(directory)) is None:
         raise FileNotFoundError(f'no evaluated checkpoint in {str(directory)!r}')
-    step = None if step is None else operator.index(step)
+    step = None if step in (None, 'latest') else operator.index(step)
     if not existing or (step is not None and step not in existing):
         what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
         have = f'; it has those of steps {", ".join(map(str, existing))}' if existing else ''

@@ -75,8 +75,7 @@ def evaluate_checkpoint(
     def read():
         nonlocal state
         with user_errors('workdir'):
-            step = 'best' if which == 'best' else None
-            state, _ = checkpoint.restore(folder, step, state, report)
+            state, _ = checkpoint.restore(folder, which, state, report)
 
     distributed.from_first(read)
     state = distributed.replicate(distributed.share(state))

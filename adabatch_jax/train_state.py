@@ -7,8 +7,8 @@ In a notebook::
     model = models.get_model('resnet8', num_classes=10)
     logits = model.apply(state.variables, images, train=False)
 
-``images`` are float32 ``[batch, height, width, channels]``, normalised as in training: see
-``experiment.describe(config).train_spec(...).normalize``.
+``images`` are float32 ``[batch, height, width, channels]``, normalised as in training, by
+``experiment.describe(config.resolve(workdir.read_config('runs/quickstart'))).eval_spec.normalize``.
 """
 
 import os
@@ -90,15 +90,15 @@ def create(
 
 def restore(
     workdir: str | os.PathLike,
-    step: int | Literal['best'] | None = None,
+    step: int | Literal['latest', 'best'] | None = None,
     target: TrainState | None = None,
 ) -> TrainState:
     """The state that a work directory holds, on the default device, however many it was trained on.
 
     Args:
       workdir: a run's work directory.
-      step: the update to restore; ``'best'`` for the one with the best accuracy in an evaluation, None
-        for the latest that was saved and is not damaged.
+      step: the update to restore; ``'best'`` for the one with the best accuracy in an evaluation,
+        ``'latest'`` or None for the latest that was saved and is not damaged.
       target: a state of the same structure, from ``create``. Without one, ``opt_state`` comes back
         as plain dictionaries; everything else is the same.
 
