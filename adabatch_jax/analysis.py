@@ -27,7 +27,6 @@ from adabatch_jax import (
     compilation_cache,
     curvature,
     input_pipeline,
-    losses,
     metrics,
     optimizers,
     sharpness,
@@ -64,7 +63,7 @@ class Loss:
             return model.apply(variables, spec.normalize(images), train=False)
 
         def of_outputs(labels, logits):
-            each = losses.of_examples(spec.loss, logits, labels) * (labels >= 0)
+            each = spec.loss(logits, labels) * (labels >= 0)
             return jnp.sum(each), each
 
         def total(images, labels, batch_stats, params):
@@ -286,7 +285,7 @@ def minimum(experiment: Experiment, images: np.ndarray, labels: np.ndarray) -> f
         def objective(flat, x, labels):
             layer = unravel(flat)
             (dense,) = layer.values()
-            values = losses.of_examples(spec.loss, x @ dense['kernel'] + dense['bias'], labels)
+            values = spec.loss(x @ dense['kernel'] + dense['bias'], labels)
             return jnp.mean(values) + optimizers.penalty(layer, options.weight_decay, options.decayed)
 
         value_and_grad = jax.jit(jax.value_and_grad(objective))

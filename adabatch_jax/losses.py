@@ -1,9 +1,12 @@
-"""Losses of single examples, by name."""
+"""Losses of single examples by name: of logits ``[n, classes]`` and labels int32 ``[n]``, ``[n]``."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 HUBER_WIDTH = 0.5  # half of the width of the quadratic piece of the hinge loss
 
 
@@ -37,11 +40,6 @@ def hinge(logits: jax.Array, labels: jax.Array) -> jax.Array:
 LOSSES = {'cross_entropy': cross_entropy, 'squared': squared, 'hinge': hinge}
 
 
-def of_examples(name: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of each example, ``[n]``, from logits ``[n, classes]`` and labels int32 ``[n]``."""
-    return LOSSES[name](logits, labels)
-
-
-def residuals(name: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
+def residuals(loss: Loss, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The derivative of each example's loss by its own logits, ``[n, classes]``."""
-    return jax.grad(lambda z: jnp.sum(of_examples(name, z, labels)))(logits)
+    return jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits)

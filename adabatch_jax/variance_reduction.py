@@ -58,12 +58,12 @@ class Outputs(NamedTuple):
     sums: dict[str, jax.Array]
 
 
-def _gradient(predict: Predict, loss: str) -> Callable:
+def _gradient(predict: Predict, loss: losses.Loss) -> Callable:
     """Of (parameters, microbatch, weights): that of the weighted sum of losses over their number."""
 
     def mean(params, microbatch, weights):
         logits, outputs = predict(params, microbatch)
-        return jnp.mean(weights * losses.of_examples(loss, logits, outputs.labels)), outputs
+        return jnp.mean(weights * loss(logits, outputs.labels)), outputs
 
     return jax.grad(mean, has_aux=True)
 
@@ -111,13 +111,13 @@ class Svrg:
         }
 
     def gradient(
-        self, predict: Predict, loss: str, state: Any, microbatches: Any, axis_name: str
+        self, predict: Predict, loss: losses.Loss, state: Any, microbatches: Any, axis_name: str
     ) -> Callable:
         """The corrected mean gradient of a microbatch, and what comes with it.
 
         Args:
           predict: of (parameters, microbatch); gives logits and ``Outputs``.
-          loss: one of ``losses.LOSSES``.
+          loss: of each example, such as those of ``losses.LOSSES``.
           state: the train state.
           microbatches: of this device, along a leading axis.
           axis_name: of the mapped devices.
@@ -162,7 +162,9 @@ class Svrg:
 
         return jax.tree.map(mean, moved, before)
 
-    def snapshot(self, predict: Predict, loss: str, state: Any, batch: Any, axis_name: str) -> Reduced:
+    def snapshot(
+        self, predict: Predict, loss: losses.Loss, state: Any, batch: Any, axis_name: str
+    ) -> Reduced:
         """Adds a part of a batch to a snapshot of the state's weights, or begins one with it.
 
         Args:
@@ -320,7 +322,7 @@ class Saga:
         }
 
     def gradient(
-        self, predict: Predict, loss: str, state: Any, microbatches: Any, axis_name: str
+        self, predict: Predict, loss: losses.Loss, state: Any, microbatches: Any, axis_name: str
     ) -> Callable:
         """As ``Svrg.gradient``."""
         reduced = state.reduction

@@ -409,17 +409,18 @@ def test_losses_are_those_of_their_formulas():
     expected['hinge'] = pieces.sum(1)
     assert expected.keys() == losses.LOSSES.keys()
     for name, values in expected.items():
-        found = losses.of_examples(name, jnp.asarray(z, jnp.float32), labels)
+        loss = losses.LOSSES[name]
+        found = loss(jnp.asarray(z, jnp.float32), labels)
         np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
-        slopes = losses.residuals(name, jnp.asarray(z, jnp.float32), labels)
+        slopes = losses.residuals(loss, jnp.asarray(z, jnp.float32), labels)
         step = 1e-2 * rng.normal(size=z.shape)
-        moved = [losses.of_examples(name, jnp.asarray(z + s * step), labels) for s in (-0.5, 0.5)]
+        moved = [loss(jnp.asarray(z + s * step), labels) for s in (-0.5, 0.5)]
         np.testing.assert_allclose((slopes * step).sum(1), moved[1] - moved[0], atol=2e-4)
 
 
 def test_the_hinge_loss_has_no_gradient_beyond_the_margins():
     z, labels = jnp.array([[2.0, -1.6], [1.4, -1.6]]), jnp.array([0, 0])
-    slopes = losses.residuals('hinge', z, labels)
+    slopes = losses.residuals(losses.hinge, z, labels)
     assert (slopes[0] == 0).all() and slopes[1, 0] < 0
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from adabatch_jax import compilation_cache as persistent_cache
-from adabatch_jax import distributed, models, optimizers, steps, train_state
+from adabatch_jax import distributed, losses, models, optimizers, steps, train_state
 from adabatch_jax.config import default_config, resolve
 from adabatch_jax.experiment import describe
 from adabatch_jax.steps import compiled, pure
@@ -205,8 +205,8 @@ def test_evaluation_uses_running_statistics_and_the_mask():
     )
     x = (batch['image'].astype(np.float64) - NORMALIZE.mean) / NORMALIZE.std
     logits = ((x - 0.5) / np.sqrt(4 + 1e-5)).mean(axis=(1, 2))
-    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), batch['label']]
-    assert float(sums['loss']) == pytest.approx((losses * mask).sum(), rel=1e-5)
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), batch['label']]
+    assert float(sums['loss']) == pytest.approx((expected * mask).sum(), rel=1e-5)
     assert float(sums['count']) == 4
     assert float(sums['correct']) == ((logits.argmax(axis=1) == batch['label']) * mask).sum()
 
@@ -241,6 +241,19 @@ def test_only_what_shapes_a_step_makes_a_new_one():
     for spec in variants:
         cache.get(spec)
     assert cache.num_compiles == len(variants) - 1
+
+
+def test_a_step_has_the_loss_that_its_name_stands_for_when_the_spec_is_made(monkeypatch):
+    batch = distributed.put({**make_batch(4), 'mask': np.ones(4, np.float32)})
+    for each in (1.0, 3.0):
+        monkeypatch.setitem(losses.LOSSES, 'mine', lambda z, y, each=each: jnp.full(len(y), each))
+        spec = dataclasses.replace(make_spec(train=False, batch_size=4), loss='mine')
+        assert steps.CACHE.get(spec)(make_state(spec).variables, batch)['loss'] == 4 * each
+    assert spec == dataclasses.replace(spec, loss=losses.LOSSES['mine'])
+    with pytest.raises(
+        ValueError, match="loss: got 'x'; accepted: cross_entropy, squared, hinge, mine, or"
+    ):
+        dataclasses.replace(spec, loss='x')
 
 
 def test_a_step_that_was_in_use_before_counts_as_a_hit_without_compile_time():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adabatch_jax import gradient_statistics, line_search, losses, optimizers
+from adabatch_jax import gradient_statistics, line_search, optimizers
 from adabatch_jax.steps.spec import AXIS_NAME, Batch, StepSpec
 from adabatch_jax.train_state import TrainState
 from adabatch_jax.variance_reduction import Outputs, real_examples
@@ -20,7 +20,7 @@ Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running 
 
 
 def _sums(spec, logits, labels, mask):
-    of_examples = losses.of_examples(spec.loss, logits, labels)
+    of_examples = spec.loss(logits, labels)
     correct = jnp.argmax(logits, axis=-1) == labels
     return {
         'loss': jnp.sum(of_examples * mask),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax.losses import LOSSES, Loss
 from adabatch_jax.variance_reduction import Saga, Svrg
 
 AXIS_NAME = 'batch'  # of the mapped devices
@@ -58,7 +59,8 @@ class StepSpec:
       load: where the data set lives on the devices, what makes images and labels of it there; see
         ``input_pipeline.device.Load``. None where batches come with their images.
       num_updates: updates that one call of a train step makes, one after the other.
-      loss: one of ``losses.LOSSES``.
+      loss: of each example, from logits and labels; a name in ``losses.LOSSES`` stands for what it
+        names when the spec is made.
       reduction: what takes noise out of the gradients; it needs ``load``, to know the examples.
       snapshot: a step that adds to a snapshot of ``reduction``, rather than a train step.
       quick: compiled in less time, for a step that may be slower; on a CPU.
@@ -79,7 +81,7 @@ class StepSpec:
     weight_decay: tuple[float, str] = (0.0, 'all')
     load: Callable[[Batch, Batch], tuple[jax.Array, jax.Array]] | None = None
     num_updates: int = 1
-    loss: str = 'cross_entropy'
+    loss: str | Loss = 'cross_entropy'
     reduction: Svrg | Saga | None = None
     snapshot: bool = False
     quick: bool = False
@@ -88,6 +90,11 @@ class StepSpec:
         if self.statistics not in STATISTICS:
             accepted = ', '.join(map(repr, STATISTICS))
             raise ValueError(f'statistics: got {self.statistics!r}; accepted: {accepted}')
+        loss = LOSSES.get(self.loss, self.loss)
+        if not callable(loss):
+            accepted = ', '.join(LOSSES)
+            raise ValueError(f'loss: got {loss!r}; accepted: {accepted}, or a function such as those')
+        object.__setattr__(self, 'loss', loss)
 
     @property
     def num_groups(self) -> int:
