@@ -142,10 +142,11 @@ def run(
     if '--help' in argv or '-h' in argv:
         print(f'{doc}\n{define_flags([]).get_help()}')
         return 0
+    was_in_use = distributed.is_in_use()  # by a notebook
     try:
         values = parse(argv, define_flags, rest_is)
         if 'num_processes' in values:
-            _join(values)
+            _join(values, was_in_use)
         return command(values)
     except ConfigError as error:
         return distributed.fail(2, f'error: {" ".join(str(error).split())}')
@@ -159,7 +160,17 @@ def run(
         return distributed.fail(1, traceback.format_exc())
 
 
-def _join(values: flags.FlagValues) -> None:
+def _join(values: flags.FlagValues, was_in_use: bool) -> None:
+    """Makes this process one of those of a run, unless the config file has begun to use JAX."""
+    if distributed.is_in_use() and not was_in_use:
+        count = values.num_processes or distributed.num_found()
+        if count > 1:
+            raise ConfigError(
+                f'--config: got {values["config"].config_filename!r}, which uses JAX, as '
+                f'jax.device_count() does, before the {count} processes are brought together; accepted: '
+                'files that do not; give what follows from the devices as --config.KEY=VALUE, or '
+                '--num_processes=1 to go on alone'
+            )
     try:
         distributed.join(values.coordinator_address, values.num_processes, values.process_id)
     except ValueError as error:

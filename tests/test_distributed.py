@@ -434,6 +434,24 @@ def test_processes_under_slurm_find_each_other(tmp_path):
     assert '4 x 1 x 2' in output and 'Plan' not in silent
 
 
+def test_a_config_file_that_uses_jax_is_for_one_process(tmp_path):
+    config = tmp_path / 'of_devices.py'
+    config.write_text(
+        'import jax\nfrom tests.small_run import get_config as small\ndef get_config():\n'
+        '    config = small()\n    config.batch.base_size = 4 * jax.device_count()\n    return config\n'
+    )
+    command = '-m', 'adabatch_jax.main', f'--config={config}', '--mode=plan'
+    task = {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_PROCID': '0'}
+    task |= {'SLURM_LOCALID': '0'}
+    found = [start(command, 2, task | {'SLURM_NTASKS': f'{n}'}) for n in (1, 2)]
+    given = start((*command, '--coordinator_address=localhost:1', '--num_processes=2'), 2)
+    (alone, status), *refused = finish([*found, given])
+    assert status == 0 and '2 x 1 x 4' in alone, alone
+    for output, status in refused:
+        assert status == 2 and output.count('\n') == 1, output
+        assert f'--config: got {str(config)!r}, which uses JAX' in output
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [

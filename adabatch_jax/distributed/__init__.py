@@ -1,5 +1,6 @@
 """Many devices, many processes: where a batch goes, and how processes begin, agree and end."""
 
+from adabatch_jax.distributed.cluster import is_in_use, num_found
 from adabatch_jax.distributed.devices import (
     AXIS_NAME,
     local_rows,
@@ -40,6 +41,7 @@ __all__ = [
     'from_first',
     'is_alone',
     'is_first',
+    'is_in_use',
     'is_joined',
     'is_shared',
     'join',
@@ -47,6 +49,7 @@ __all__ = [
     'local_rows',
     'meet',
     'mesh',
+    'num_found',
     'put',
     'put_ahead',
     'put_everywhere',

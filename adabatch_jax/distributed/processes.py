@@ -24,8 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed, xla_bridge  # the store and this question have no public name
+from jax._src import distributed  # the store has no public name
 from jax.experimental import multihost_utils
+
+from adabatch_jax.distributed import cluster
 
 T = TypeVar('T')
 
@@ -72,12 +74,12 @@ def join(
         'num_processes': num_processes,
         'process_id': process_id,
     }
-    _check(**given)
+    cluster.check(**given)
     some = any(value is not None for value in given.values())
     if num_processes == 1 or jax.distributed.is_initialized():
         return
-    if not some and xla_bridge.backends_are_initialized():
-        return  # a notebook, which has been using JAX by itself
+    if not some and cluster.is_in_use():
+        return  # a notebook
     waiting = _say_later(coordinator_address)
     try:
         with _interruptible():
@@ -130,21 +132,6 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _check(coordinator_address, num_processes, process_id) -> None:
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f'num_processes: got {num_processes}; accepted: 1 or more')
-    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
-        raise ValueError(
-            f'process_id: got {process_id} of {num_processes or "?"} processes; accepted: 0 to '
-            'num_processes - 1'
-        )
-    _, colon, port = (coordinator_address or 'host:0').rpartition(':')
-    if not (colon and port.isdecimal()):
-        raise ValueError(
-            f'coordinator_address: got {coordinator_address!r}; accepted: HOST:PORT of the first process'
-        )
 
 
 def is_joined() -> bool:
