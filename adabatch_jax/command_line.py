@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -122,6 +123,7 @@ def run(
     command: Callable[[flags.FlagValues], int],
     interrupted: str = '',
     rest_is: str | None = None,
+    trains: Callable[[flags.FlagValues], bool] = lambda values: False,
 ) -> int:
     """Does what a command line says; returns the exit status.
 
@@ -132,6 +134,7 @@ def run(
       command: what to do; returns the exit status.
       interrupted: what to say after an interrupt from the keyboard.
       rest_is: as for ``parse``.
+      trains: whether the command saves after SIGTERM; else that ends it.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see malloc.restart
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -147,6 +150,8 @@ def run(
         values = parse(argv, define_flags, rest_is)
         if 'num_processes' in values:
             _join(values, was_in_use)
+            if jax.distributed.is_initialized() and not trains(values):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a loop to ask about
         return command(values)
     except ConfigError as error:
         return distributed.fail(2, f'error: {" ".join(str(error).split())}')

@@ -107,14 +107,17 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return command_line.parse(argv, define_flags)
 
 
+def trains(values: flags.FlagValues) -> bool:
+    """Whether this process itself trains."""
+    return values.mode == 'train' and not values.sweep
+
+
 def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
     values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
     if distributed.is_joined():  # with another mode the others would wait for ever
         distributed.agree({'--mode': values.mode}, ConfigError)
-        if values.mode != 'train':
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it, for a loop to ask about
     if values.mode == 'plan':
         print_plan(values.config, values.devices, values.benchmark)
         return 0
@@ -266,7 +269,7 @@ def sigterm() -> Iterator[threading.Event]:
 def main(argv: list[str]) -> int:
     """Runs the command with a command line, its name first; returns the exit status."""
     interrupted = '; the same command goes on from the last checkpoint, where there is one'
-    return command_line.run(argv, __doc__, define_flags, run, interrupted)
+    return command_line.run(argv, __doc__, define_flags, run, interrupted, trains=trains)
 
 
 if __name__ == '__main__':

@@ -178,6 +178,13 @@ def two(*beginnings):
     ]
 
 
+def tasks(count):
+    """The variables that srun sets for some tasks on one node."""
+    job = {'SLURM_JOB_ID': str(free_port()), 'SLURM_STEP_NODELIST': 'localhost'}
+    job['SLURM_NTASKS'] = str(count)
+    return [job | {'SLURM_PROCID': str(k), 'SLURM_LOCALID': str(k)} for k in range(count)]
+
+
 def commands(workdir, *faults, flags=()):
     """Two processes of the command, which get the signals at the points that ``faults`` say."""
     child, arguments = ROOT / 'tests/fault_child.py', (*FLAGS, *flags, f'--workdir={workdir}')
@@ -257,6 +264,25 @@ def test_sigterm_ends_processes_that_do_not_train(whole):
         process.send_signal(signal.SIGTERM)
     ends = finish(started, timeout=60)
     assert [status for _, status in ends] == [-signal.SIGTERM] * 2, ends
+
+
+@pytest.mark.parametrize(
+    'name, flag, expected',
+    [
+        ('main', '--mode=train', 0),  # which asks for it in its loop
+        ('main', '--sweep', -signal.SIGTERM),
+        ('main', '--mode=plan', -signal.SIGTERM),
+        ('benchmark', '--run', -signal.SIGTERM),
+    ],
+)
+def test_sigterm_ends_a_task_of_slurm_that_does_not_train(name, flag, expected):
+    code = (
+        f'import signal, sys; from adabatch_jax import {name} as command; '
+        'command.run = lambda values: signal.raise_signal(signal.SIGTERM) or 0; '
+        f'sys.exit(command.main(["", "--config=tests/small_run.py", "{flag}"]))'
+    )
+    ((output, status),) = finish([start(('-c', code), 1, tasks(1)[0])])
+    assert status == expected, output
 
 
 def test_processes_time_steps_and_their_network_together(tmp_path):
@@ -422,13 +448,8 @@ def test_processes_evaluate_with_their_own_folders_as_they_train(tmp_path):
     assert [status for _, status in ends] == [2, 2] and f"'{tmp_path / '1'}'" in ends[1][0], ends
 
 
-def test_processes_under_slurm_find_each_other(tmp_path):
-    """With the variables that srun sets for two tasks on one node."""
-    started = []
-    job = {'SLURM_JOB_ID': str(free_port()), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
-    for k in range(2):
-        task = job | {'SLURM_PROCID': str(k), 'SLURM_LOCALID': str(k)}
-        started.append(start(('-m', 'adabatch_jax.main', *FLAGS, '--mode=plan'), 2, task))
+def test_processes_under_slurm_find_each_other():
+    started = [start(('-m', 'adabatch_jax.main', *FLAGS, '--mode=plan'), 2, task) for task in tasks(2)]
     (output, status), (silent, other) = finish(started)
     assert (status, other) == (0, 0), output + silent
     assert '4 x 1 x 2' in output and 'Plan' not in silent
@@ -441,9 +462,7 @@ def test_a_config_file_that_uses_jax_is_for_one_process(tmp_path):
         '    config = small()\n    config.batch.base_size = 4 * jax.device_count()\n    return config\n'
     )
     command = '-m', 'adabatch_jax.main', f'--config={config}', '--mode=plan'
-    task = {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_PROCID': '0'}
-    task |= {'SLURM_LOCALID': '0'}
-    found = [start(command, 2, task | {'SLURM_NTASKS': f'{n}'}) for n in (1, 2)]
+    found = [start(command, 2, tasks(n)[0]) for n in (1, 2)]
     given = start((*command, '--coordinator_address=localhost:1', '--num_processes=2'), 2)
     (alone, status), *refused = finish([*found, given])
     assert status == 0 and '2 x 1 x 4' in alone, alone
