@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import threading
+import weakref
 
 import chex
 import flax.linen as nn
@@ -119,6 +121,22 @@ def test_the_cache_keeps_the_steps_that_were_used_last():
         cache.get(spec)
         assert cache.get(first).compile_seconds == 0.0
     assert cache.get(second).compile_seconds == 1.0
+
+
+def test_a_step_that_fails_to_compile_keeps_nothing_of_those_who_wait_for_it_and_is_tried_again():
+    def fail(spec):
+        raise RuntimeError('out of memory')
+
+    def wait(state):
+        states.append(weakref.ref(state))
+        with pytest.raises(RuntimeError, match='out of memory'):
+            cache.get(make_spec())
+
+    cache, states = steps.StepCache(fail), []
+    for _ in range(2):
+        wait(np.zeros(1))
+    gc.collect()
+    assert [state() for state in states] == [None, None] and cache.num_compiles == 2
 
 
 @pytest.mark.parametrize('num_microbatches', [1, 2])

@@ -284,14 +284,21 @@ class StepCache:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='compile')
         self.num_compiles = 0
 
+    def _compile_or_forget(self, spec: StepSpec) -> CompiledStep:
+        try:
+            return self._compile_step(spec)
+        except BaseException:
+            with self._lock:  # what is raised holds all that those who wait for it have at hand
+                self._futures.pop(spec, None)
+            raise
+
     def precompile(self, spec: StepSpec) -> concurrent.futures.Future:
         """Starts compiling a step unless that has been done or has begun."""
         with self._lock:
             future = self._futures.pop(spec, None)
-            failed = future is not None and future.done() and future.exception() is not None
-            if future is None or failed:
+            if future is None:
                 self.num_compiles += 1
-                future = self._executor.submit(self._compile_step, spec)
+                future = self._executor.submit(self._compile_or_forget, spec)
             self._futures[spec] = future  # at the end, as the last one used
             done = [s for s, f in self._futures.items() if f.done()]
             for oldest in done[: max(0, len(self._futures) - MOST_STEPS)]:
