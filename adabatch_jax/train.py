@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import threading
@@ -86,6 +87,7 @@ def train(
         attempt: Attempt | None = Attempt()
         while attempt is not None:
             summary, attempt = _try(attempt, config, directory, stop)
+            gc.collect()  # an error and the frames that it came through may hold one another
     return summary
 
 

@@ -175,16 +175,18 @@ def test_no_step_is_compiled_whose_microbatch_is_larger_than_what_a_device_is_gi
 
 
 class Failing:
-    """A cache of steps that run out of memory above a microbatch, when they run."""
+    """A cache of steps that run out of memory above a microbatch, when they run or are compiled."""
 
-    def __init__(self, monkeypatch, largest, message='RESOURCE_EXHAUSTED: Out of memory'):
-        real, self.failures = steps.CACHE.get, 0
+    def __init__(self, monkeypatch, largest, message='RESOURCE_EXHAUSTED: Out of memory', when='get'):
+        real, self.failures = getattr(steps.CACHE, when), 0
 
         def get(spec):
             step = real(spec)
             share = spec.batch_size // jax.device_count()
             if not spec.train or share // spec.num_microbatches <= largest:
                 return step
+            if when == '_compile_step':
+                raise jax.errors.JaxRuntimeError(message)
 
             def run(state, *_):
                 jax.tree.map(lambda x: x.delete(), state)  # as donated buffers may be
@@ -193,7 +195,7 @@ class Failing:
 
             return dataclasses.replace(step, executable=run)
 
-        monkeypatch.setattr(steps.CACHE, 'get', get)
+        monkeypatch.setattr(steps.CACHE, when, get)
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_with_half_the_microbatch(tmp_path, monkeypatch, capsys):
@@ -209,15 +211,16 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_half_the_microbatch(tmp_path
     assert [stage['microbatch_size'] for stage in plan['stages']] == [4, 4, 4]
 
 
-def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_path, monkeypatch):
-    Failing(monkeypatch, largest=4)
+@pytest.mark.parametrize('when', ['get', '_compile_step'])
+def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_path, monkeypatch, when):
+    monkeypatch.setattr(steps.CACHE, '_futures', {})
+    Failing(monkeypatch, largest=4, when=when)
     runs, alive = [], []
-    create = train_state.create
+    initial_state = experiment.Experiment.initial_state
 
-    def noting(*args):
-        gc.collect()
+    def noting(self):
         alive.append([run() for run in runs if run() is not None])
-        return create(*args)
+        return initial_state(self)
 
     class Noted(train.Run):
         def __init__(self, *args):
@@ -225,8 +228,12 @@ def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_p
             runs.append(weakref.ref(self))
 
     monkeypatch.setattr(train, 'Run', Noted)
-    monkeypatch.setattr(train_state, 'create', noting)
-    train.train(make_config(), tmp_path)
+    monkeypatch.setattr(experiment.Experiment, 'initial_state', noting)
+    gc.disable()  # memory has to be there at once
+    try:
+        train.train(make_config(**{'batch.max_per_device': 16}), tmp_path)
+    finally:
+        gc.enable()
     assert alive == [[], []]
 
 
