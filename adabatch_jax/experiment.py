@@ -29,9 +29,9 @@ from adabatch_jax.config import ConfigError, user_errors
 DISPATCH_EXAMPLES = 4096
 # Stretches from one pause to the next, by which it is told how many updates are made at once.
 LOOKED_AT = 1000
-# Batch sizes whose steps are compiled before their stage: with up to three steps of each, and those of
-# the present stage, no more than ``steps.StepCache`` keeps.
-SIZES_AHEAD = 4
+# Batch sizes whose steps are compiled before their stage: with up to three steps of each, those of the
+# present stage and the evaluation, no more than ``steps.StepCache`` keeps.
+SIZES_AHEAD = (steps.MOST_STEPS - 1) // 3 - 1
 # Images that a device evaluates at once: on a CPU what its caches hold, else as many as a dispatch has,
 # of so many bytes at most.
 CPU_EVALUATES = 125
@@ -116,7 +116,7 @@ class Experiment:
         if config.compile.updates_per_dispatch or jax.default_backend() == 'cpu':
             return max(1, min(config.compile.updates_per_dispatch, self.plan.num_updates))
         most = max(1, DISPATCH_EXAMPLES // batch_size)
-        every, n = min(self._pauses_every), self.info.num_train
+        every, n = min(self.pauses_every), self.info.num_train
         examples = self.clock.examples(every)
         between = examples // batch_size  # from one pause to the next, or one more
         if self.clock.remainder == 'drop':
@@ -125,7 +125,8 @@ class Experiment:
         return between // math.ceil(between / most)  # in as few dispatches, of equal length
 
     @property
-    def _pauses_every(self) -> tuple[float, float]:
+    def pauses_every(self) -> tuple[float, float]:
+        """Epochs between evaluations, and between checkpoints: no dispatch goes past either."""
         return self.config.eval_every_epochs, self.config.checkpoint_every_epochs
 
     def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
@@ -136,7 +137,7 @@ class Experiment:
         """
         count = self.updates_per_dispatch(batch_size)
         stretches = itertools.chain.from_iterable(
-            self.clock.stretches(stage.start, stage.end, batch_size, self._pauses_every)
+            self.clock.stretches(stage.start, stage.end, batch_size, self.pauses_every)
             for stage in self.plan.stages
             if stage.batch_size == batch_size and count > 1
         )

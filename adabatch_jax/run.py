@@ -178,14 +178,13 @@ class Run:
         """The updates to dispatch together: the upcoming one, and more if nothing comes between."""
         updates = self.clock.updates(self.upcoming.start, self.upcoming.batch_size)
         updates = list(itertools.islice(updates, max(self.stream.steps)))
-        config, policy, seen = self.experiment.config, self.experiment.policy, self.examples_seen
+        pauses, policy, seen = self.experiment.pauses_every, self.experiment.policy, self.examples_seen
         for before, update in itertools.pairwise(updates):
             if (
                 update.start >= self.clock.total_examples
                 or policy.decide(self.host.policy, update.start) != self.decision
                 or self.experiment.snapshot_between(before, update)
-                or self.clock.passes(config.eval_every_epochs, seen, before.end)
-                or self.clock.passes(config.checkpoint_every_epochs, seen, before.end)
+                or any(self.clock.passes(every, seen, before.end) for every in pauses)
             ):
                 return updates[:1]
             seen = before.end

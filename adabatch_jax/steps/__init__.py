@@ -2,6 +2,7 @@
 
 from adabatch_jax.steps.compiled import (
     CACHE,
+    MOST_STEPS,
     CompiledStep,
     StepCache,
     batch_shapes,
@@ -19,6 +20,7 @@ from adabatch_jax.steps.spec import STATISTICS, Normalize, StepSpec
 
 __all__ = [
     'CACHE',
+    'MOST_STEPS',
     'STATISTICS',
     'CompiledStep',
     'Normalize',
