@@ -17,15 +17,6 @@ from adabatch_jax.config import CONFIG_FILE, RUNTIME_KEYS, flatten, identifies_d
 Record = dict[str, Any]
 # Runs that differ in these are seeds of one experiment.
 SEED = 'seed'
-# What a record has to have for the rest to be of use.
-_ALL = ('epoch', 'examples_seen', 'time')
-_NEEDED = {
-    'train': ('stage', 'batch_size', 'learning_rate', 'loss', 'examples_per_second'),
-    'eval': ('loss', 'accuracy'),
-    'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
-    'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy'),
-}
-_MAY_BE_NULL = ('loss', 'examples_per_second')  # where they are not finite, or nothing was timed
 # What a difference of losses in float32 can tell from 0.
 RESOLUTION = 1e-7
 # How a run was carried out, not what it is.
@@ -128,13 +119,6 @@ class Run:
         return max(self.analysis, key=lambda record: record['step'], default=None)
 
 
-def _is_usable(record: Record, key: str) -> bool:
-    """Whether a record has a field, with a number or null where it may be."""
-    if record.get(key) is None:
-        return key in record and key in _MAY_BE_NULL
-    return isinstance(record[key], int | float)
-
-
 def read_run(directory: str | os.PathLike) -> Run:
     """Reads a work directory, as far as that is possible.
 
@@ -145,9 +129,7 @@ def read_run(directory: str | os.PathLike) -> Run:
     skipped: list[str] = []
     records = []
     for record in metrics.read_records(directory, skipped.append):
-        needed = (*_ALL, *_NEEDED.get(record['kind'], ()))
-        missing = [k for k in needed if not _is_usable(record, k)]
-        if missing:
+        if missing := metrics.missing(record):
             where = f'{metrics.METRICS_FILE}, {record["kind"]} of step {record["step"]}'
             skipped.append(f'{where}: without {", ".join(missing)}')
         else:

@@ -15,6 +15,15 @@ from typing import Any
 
 METRICS_FILE = 'metrics.jsonl'
 ANALYSIS_FILE = 'analysis.jsonl'  # see analysis.analyze
+# The numbers that a record has to have for the rest to be of use.
+_ALL = ('epoch', 'examples_seen', 'time')
+_NEEDED = {
+    'train': ('stage', 'batch_size', 'learning_rate', 'loss', 'examples_per_second'),
+    'eval': ('loss', 'accuracy'),
+    'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
+    'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy', 'best_accuracy'),
+}
+_MAY_BE_NULL = ('loss', 'examples_per_second')  # where they are not finite, or nothing was timed
 
 
 class NoExamples(ValueError):
@@ -256,6 +265,17 @@ def read_records(
         latest.pop((kind, step), None)
         latest[kind, step] = record
     return sorted(latest.values(), key=lambda record: record['step'])
+
+
+def missing(record: dict[str, Any]) -> list[str]:
+    """Names of the fields that a record of ``read_records`` needs and has no number in."""
+
+    def is_usable(key: str) -> bool:
+        if record.get(key) is None:  # null, where it may be
+            return key in record and key in _MAY_BE_NULL
+        return isinstance(record[key], int | float)
+
+    return [key for key in (*_ALL, *_NEEDED.get(record['kind'], ())) if not is_usable(key)]
 
 
 def read_analysis(

@@ -94,7 +94,7 @@ def summary(run) -> dict[str, Any]:
 
 
 def last_summary(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
-    """The ``summary`` record of a run that ended with a step, None where it has not ended there."""
+    """The ``summary`` record of a run that ended with a step, None where there is none of use."""
     records = reversed(metrics.read_records(workdir))
     last = next((r for r in records if r['kind'] == 'summary'), None)
-    return last if last and last['step'] == step else None
+    return last if last and last['step'] == step and not metrics.missing(last) else None

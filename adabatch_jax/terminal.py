@@ -167,12 +167,12 @@ def print_stages(stages: list[dict[str, Any]], end: dict[str, Any], unusual: str
             f'{s["learning_rate"]:.4g}',
             '-' if speed is None else f'{speed:,.0f}',
             '-' if loss is None else f'{loss:.3f}',
-            f'{s["compile_seconds"]:.1f} s' + (' cached' if s['cache_hit'] else ''),
+            f'{s["compile_seconds"]:.1f} s' + (' cached' if s.get('cache_hit') else ''),
             f'{s["stall_seconds"]:.2f} s',
         )
     _print(table)
     compiled = 'no persistent cache of compiled code'
-    if 'cache_misses' in end:
+    if {'cache_hits', 'cache_misses'} <= end.keys():
         compiled = (
             f'compiled by this process: {end["cache_misses"]}, from the persistent cache: '
             f'{end["cache_hits"]}'

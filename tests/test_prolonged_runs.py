@@ -7,7 +7,7 @@ import pytest
 from test_statistical_runs import CONFIG
 from test_train import StopAt, of_kind, tiny
 
-from adabatch_jax import train, workdir
+from adabatch_jax import comparison, train, workdir
 from adabatch_jax.config import ConfigError
 
 SHORT = CONFIG | {'num_epochs': 2.0}
@@ -87,6 +87,15 @@ def test_a_plan_that_is_there_needs_no_room_on_the_disk(tmp_path, monkeypatch):
 def test_a_run_that_ends_and_one_that_has_ended_give_the_same_record(tmp_path):
     ended = train.train(tiny(num_epochs=1.0), tmp_path)
     assert ended == train.train(tiny(num_epochs=1.0), tmp_path) == of_kind(tmp_path, 'summary')[0]
+
+
+@pytest.mark.parametrize('key', ['final_accuracy', 'best_accuracy'])
+def test_an_end_that_lacks_what_its_readers_need_is_written_anew(tmp_path, key):
+    ended = train.train(tiny(num_epochs=1.0), tmp_path)
+    file = tmp_path / 'metrics.jsonl'
+    file.write_text(file.read_text().replace(f'"{key}"', '"lost"'))
+    again = train.train(tiny(num_epochs=1.0), tmp_path)
+    assert again[key] == ended[key] and comparison.read_run(tmp_path).summary == again
 
 
 def test_every_evaluation_has_the_training_record_of_the_updates_before_it(tmp_path):
