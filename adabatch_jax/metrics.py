@@ -248,7 +248,8 @@ def read_records(
     """The records of a run, in order of their steps, each step's last one of a kind.
 
     A ``session`` that continues at a step takes back what was written of later steps before it, and an
-    earlier end. Lines that are not whole are left out.
+    earlier end; where its window is open, also a ``train`` record of the updates in it up to that step.
+    Lines that are not whole are left out.
 
     Args:
       workdir: the work directory.
@@ -262,6 +263,8 @@ def read_records(
             continue
         if kind == 'session':
             latest = {k: r for k, r in latest.items() if k[1] <= step and k[0] != 'summary'}
+            if record.get('window_open'):
+                latest.pop(('train', step), None)
         latest.pop((kind, step), None)
         latest[kind, step] = record
     return sorted(latest.values(), key=lambda record: record['step'])

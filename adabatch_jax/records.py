@@ -19,15 +19,20 @@ def why(run, reason: str) -> str:
     return reason
 
 
-def session(reason: str) -> dict[str, Any]:
-    """Of a ``session`` record: on what, and why."""
-    return {
-        'reason': reason,
+def session(run, reason: str) -> dict[str, Any]:
+    """Of a ``session`` record: on what, and why a process does not simply begin, if it does not.
+
+    ``window_open``: whether updates before it are not in a ``train`` record yet, there where they are.
+    One that a process wrote of them that got further than its last checkpoint no longer counts.
+    """
+    fields = {
+        'reason': reason or 'begins',
         'num_processes': jax.process_count(),
         'num_devices': jax.device_count(),
         'device': jax.devices()[0].device_kind,
         'versions': metrics.versions(),
     }
+    return fields | ({'window_open': True} if run.host.window else {})
 
 
 def stage(run, stall_seconds: float, continued: bool) -> dict[str, Any]:

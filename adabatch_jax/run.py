@@ -113,7 +113,7 @@ class Run:
         """Writes the ``session`` record: where this process takes the run up, on what, and why."""
         reason = records.why(self, reason)
         distributed.from_first(lambda: workdir.remove_schedule(self.writer.workdir))
-        self.record('session', self.step, self.examples_seen, **records.session(reason or 'begins'))
+        self.record('session', self.step, self.examples_seen, **records.session(self, reason))
         if reason:
             self.display.say(f'epoch {self.epoch:.4g}: {reason}')
         self.mark = time.perf_counter()

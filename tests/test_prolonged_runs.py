@@ -7,7 +7,7 @@ import pytest
 from test_statistical_runs import CONFIG
 from test_train import StopAt, of_kind, tiny
 
-from adabatch_jax import comparison, train, workdir
+from adabatch_jax import comparison, run, train, workdir
 from adabatch_jax.config import ConfigError
 
 SHORT = CONFIG | {'num_epochs': 2.0}
@@ -96,6 +96,25 @@ def test_an_end_that_lacks_what_its_readers_need_is_written_anew(tmp_path, key):
     file.write_text(file.read_text().replace(f'"{key}"', '"lost"'))
     again = train.train(tiny(num_epochs=1.0), tmp_path)
     assert again[key] == ended[key] and comparison.read_run(tmp_path).summary == again
+
+
+def test_updates_count_once_when_a_run_killed_behind_a_transition_has_another_schedule(
+    tmp_path, monkeypatch
+):
+    def killed(self):
+        if self.host.stage:
+            raise KeyboardInterrupt
+        return dispatch(self)
+
+    dispatch = run.Run.dispatch
+    changes = {'num_epochs': 2.0, 'dataset.num_examples': 104, 'log_every_steps': 1000}
+    changes |= {'eval_every_epochs': 4.0, 'checkpoint_every_epochs': 1.0}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run.Run, 'dispatch', killed)
+        train.train(tiny(**changes), tmp_path)
+    assert [r['step'] for r in of_kind(tmp_path, 'train')] == [13]
+    train.train(tiny(**changes | {'batch.policy': 'fixed'}), tmp_path, allow_schedule_change=True)
+    assert [r['step'] for r in of_kind(tmp_path, 'train')] == [26]
 
 
 def test_every_evaluation_has_the_training_record_of_the_updates_before_it(tmp_path):
