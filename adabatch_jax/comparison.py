@@ -336,10 +336,10 @@ def comparison_rows(groups: Sequence[Group]) -> list[Record]:
 
         def against(name, combine, row=row, first=first):
             a, b = row[name], first[name]
-            return combine(a.mean, b.mean) if a and b and b.mean else None
+            return combine(a.mean, b.mean) if a and b else None
 
         row['accuracy_difference'] = against('accuracy', lambda a, b: a - b)
-        row['speedup'] = against('train_seconds', lambda a, b: b / a)
-        row['wall_speedup'] = against('wall_seconds', lambda a, b: b / a)
+        row['speedup'] = against('train_seconds', lambda a, b: b / a if a and b else None)
+        row['wall_speedup'] = against('wall_seconds', lambda a, b: b / a if a and b else None)
         rows.append(row)
     return rows

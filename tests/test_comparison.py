@@ -81,6 +81,20 @@ def test_a_stage_begins_where_it_was_entered_first_and_has_its_last_loss_and_med
     assert {name: tuple(row[name] for row in rows) for name in of_stages} == of_stages
 
 
+def test_runs_are_compared_with_one_that_learnt_nothing_and_of_no_time_only_the_quotient_is_unknown(
+    tmp_path,
+):
+    write_run(tmp_path / 'a', accuracy=0.0)
+    write_run(tmp_path / 'b', 'adabatch', accuracy=0.25, seconds=0.5)
+    write_run(tmp_path / 'c', 'plateau', accuracy=0.5, seconds=1e-9)
+    file = tmp_path / 'c' / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"train_seconds": 2e-09', '"train_seconds": 0'))
+    runs = [comparison.read_run(tmp_path / name) for name in 'abc']
+    rows = comparison.comparison_rows(comparison.group(runs))
+    assert [row['accuracy_difference'] for row in rows] == [0.0, 0.25, 0.5]
+    assert [row['speedup'] for row in rows] == [1.0, 20.0, None]
+
+
 ONE = {'device': 'cpu', 'num_devices': 1, 'versions': {'jax': '0.10.1', 'numpy': '2'}}
 
 
