@@ -296,6 +296,18 @@ def check(values: flags.FlagValues) -> None:
             raise ConfigError(f'--{name}: got --run as well; accepted: one of them')
     if values.scaling:
         check_network(values)
+    for name in ('json', 'plot'):
+        if values[name].value and distributed.is_first():
+            with user_errors(f'--{name}'):
+                check_can_be_written(pathlib.Path(values[name].value))
+
+
+def check_can_be_written(path: pathlib.Path) -> None:
+    """Raises ``OSError`` for a file that cannot be written; one that is there stays as it is."""
+    is_new = not path.exists()
+    path.open('a').close()
+    if is_new:
+        path.unlink()
 
 
 def run(values: flags.FlagValues) -> int:

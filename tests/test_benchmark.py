@@ -8,7 +8,7 @@ import time
 import pytest
 from test_train import tiny
 
-from adabatch_jax import benchmark, metrics, run, terminal, train
+from adabatch_jax import benchmark, metrics, run, terminal, timing, train
 
 CONFIG = pathlib.Path(__file__).parent / 'small_run.py'
 
@@ -170,6 +170,8 @@ def test_a_run_tells_where_its_time_went(tmp_path, capsys):
         ([f'--config={CONFIG}', '--batch_sizes=8,x'], "--batch_sizes: got 'x'"),
         ([f'--config={CONFIG}', '--batch_sizes=3'], "--batch_sizes: got '3'"),
         ([f'--config={CONFIG}', '--json=nowhere/x.json'], "--json: got 'nowhere/x.json'"),
+        ([f'--config={CONFIG}', '--json=/proc/x.json'], '/proc/x.json'),
+        ([f'--config={CONFIG}', '--scaling', '--plot=/proc/x.png'], '/proc/x.png'),
         ([f'--config={CONFIG}', '--input=none'], 'input'),
         ([f'--config={CONFIG}', '--repeats=0'], 'repeats'),
         ([f'--config={CONFIG}', '--run', '--batch_sizes=8'], '--batch_sizes: got --run as well'),
@@ -179,10 +181,18 @@ def test_a_run_tells_where_its_time_went(tmp_path, capsys):
         ([f'--config={CONFIG}', '--config.model.nam=x'], 'config.model.nam: unknown key'),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(timing, 'measure', None)  # found before anything is measured
     assert benchmark.main(['benchmark', *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and len(error.splitlines()) == 1
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is_until_there_are_results(tmp_path):
+    (tmp_path / 'old').write_text('kept')
+    for name in ('old', 'new'):
+        benchmark.check_can_be_written(tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('old', 'kept')]
 
 
 def test_the_final_summary_counts_what_kept_the_devices_waiting(tmp_path):
