@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -16,14 +17,22 @@ from typing import Any
 METRICS_FILE = 'metrics.jsonl'
 ANALYSIS_FILE = 'analysis.jsonl'  # see analysis.analyze
 # The numbers that a record has to have for the rest to be of use.
-_ALL = ('epoch', 'examples_seen', 'time')
+_ALL = ('step', 'epoch', 'examples_seen', 'time')
 _NEEDED = {
     'train': ('stage', 'batch_size', 'learning_rate', 'loss', 'examples_per_second'),
     'eval': ('loss', 'accuracy'),
     'stage': ('stage', 'batch_size', 'learning_rate', 'compile_seconds', 'stall_seconds'),
     'summary': ('updates', 'wall_seconds', 'train_seconds', 'final_accuracy', 'best_accuracy'),
 }
-_MAY_BE_NULL = ('loss', 'examples_per_second')  # where they are not finite, or nothing was timed
+_OF_ANALYSIS = ('step', 'num_examples', 'loss')
+# Where they are not finite, or nothing was timed.
+_MAY_BE_NULL = ('loss', 'examples_per_second', 'value')
+# Numbers that are not in every record.
+_MAY_HAVE = (
+    'accuracy', 'fall_backs', 'gradient_evaluations', 'gradient_variance', 'microbatch_size',
+    'num_microbatches', 'objective', 'probe_seconds', 'skipped', 'squared_gradient', 'gradient_norm',
+    'hessian_trace', 'optimum',
+)  # fmt: skip
 
 
 class NoExamples(ValueError):
@@ -271,27 +280,41 @@ def read_records(
 
 
 def missing(record: dict[str, Any]) -> list[str]:
-    """Names of the fields that a record of ``read_records`` needs and has no number in."""
+    """Names of the fields of a record of ``read_records`` that should have a number and have none."""
+    return _missing(record, *_ALL, *_NEEDED.get(record['kind'], ()))
 
+
+def _missing(record: dict[str, Any], *needed: str) -> list[str]:
     def is_usable(key: str) -> bool:
         if record.get(key) is None:  # null, where it may be
-            return key in record and key in _MAY_BE_NULL
-        return isinstance(record[key], int | float)
+            return key not in needed or (key in record and key in _MAY_BE_NULL)
+        return _is_number(record[key])
 
-    return [key for key in (*_ALL, *_NEEDED.get(record['kind'], ())) if not is_usable(key)]
+    return [key for key in dict.fromkeys((*needed, *_MAY_HAVE)) if not is_usable(key)]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def read_analysis(
     workdir: str | os.PathLike, report: Callable[[str], Any] = lambda line: None
 ) -> list[dict[str, Any]]:
     """What ``--mode=analyze`` found, a record for each checkpoint; arguments as of ``read_records``."""
-    found, needed = [], {'step', 'num_examples', 'loss'}
-    for number, record in enumerate(_lines(pathlib.Path(workdir, ANALYSIS_FILE)), 1):
+
+    def is_whole(record: dict[str, Any]) -> bool:
+        spectra = [record.get(f'{name}_eigenvalues', []) for name in ('hessian', 'gauss_newton')]
         measures = record.get('sharpness', [])
-        is_whole = isinstance(measures, list) and all(
-            isinstance(s, dict) and {'epsilon', 'dimensions', 'value'} <= s.keys() for s in measures
+        if _missing(record, *_OF_ANALYSIS) or not all(isinstance(x, list) for x in (*spectra, measures)):
+            return False
+        return all(x is None or _is_number(x) for x in itertools.chain(*spectra)) and all(
+            isinstance(s, dict) and not _missing(s, 'epsilon', 'dimensions', 'value') for s in measures
         )
-        if is_whole and needed <= record.keys():
+
+    found = []
+    for number, record in enumerate(_lines(pathlib.Path(workdir, ANALYSIS_FILE)), 1):
+        if is_whole(record):
             found.append(record)
         else:
             report(f'{ANALYSIS_FILE}, line {number}: not a record')

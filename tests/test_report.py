@@ -196,11 +196,25 @@ def test_without_an_analysis_nothing_is_said_of_minima(runs):
 def test_a_damaged_analysis_is_left_out(runs):
     (runs[0] / 'analysis.jsonl').write_text('{"kind": "anal')
     assert comparison.read_run(runs[0]).minimum is None
-    whole = {'step': 1, 'num_examples': 8, 'loss': 1.0}
-    for damaged in ({'kind': 'analysis', 'loss': 1.0}, whole | {'sharpness': [{'epsilon': 1e-3}]}):
+    whole = {'kind': 'analysis', 'step': 1, 'num_examples': 8, 'loss': 1.0}
+    sharpness = {'epsilon': 1e-3, 'dimensions': 5, 'value': None}
+    damages = (
+        {'num_examples': 'x'},
+        {'num_examples': None},
+        {'step': 'a'},
+        {'loss': 10**400},
+        {'hessian_trace': 'x'},
+        {'hessian_eigenvalues': None},
+        {'gauss_newton_eigenvalues': ['x']},
+        {'sharpness': [{'epsilon': 1e-3}]},
+        {'sharpness': [sharpness | {'epsilon': 'a'}]},
+    )
+    for damaged in ({'kind': 'analysis', 'loss': 1.0}, *(whole | damage for damage in damages)):
         (runs[0] / 'analysis.jsonl').write_text(json.dumps(damaged) + '\n')
         run = comparison.read_run(runs[0])
         assert run.minimum is None and 'analysis.jsonl, line 1: not a record' in run.skipped
+    (runs[0] / 'analysis.jsonl').write_text(json.dumps(whole | {'sharpness': [sharpness]}) + '\n')
+    assert comparison.read_run(runs[0]).minimum['sharpness'] == [sharpness]
 
 
 def test_suboptimality_is_the_objective_above_its_least_value(tmp_path):
@@ -361,6 +375,11 @@ def test_broken_lines_and_runs_in_progress_are_told_and_the_rest_is_shown(runs, 
         ('eval', 'time', None),
         ('eval', 'accuracy', 'good'),
         ('train', 'batch_size', '16'),
+        pytest.param('train', 'loss', 10**400, id='a loss of 401 digits'),
+        pytest.param('train', 'step', 10**400, id='a step of 401 digits'),
+        ('train', 'gradient_variance', 'x'),
+        ('stage', 'microbatch_size', []),
+        ('summary', 'skipped', 'x'),
     ],
 )
 def test_a_record_without_a_number_where_one_is_needed_is_left_out(runs, capsys, kind, key, value):
