@@ -103,8 +103,8 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
     """A dot for each value of a group, and a bar at their mean.
 
     Args:
-      groups: values by the label of their group, those that are finite are drawn; its place gives the
-        style.
+      groups: values by the label of their group, those that are finite are drawn; none of a group that
+        has none. Its place gives the style.
       ylabel: with its unit.
       log_y: whether the y axis is logarithmic.
     """
@@ -112,14 +112,15 @@ def dots(groups: dict[str, Sequence[float]], ylabel: str, log_y: bool = False) -
     groups = {label: [v for v in values if math.isfinite(v)] for label, values in groups.items()}
     highest = max((v for values in groups.values() for v in values), default=0)
     for number, (label, values) in enumerate(groups.items()):
+        if not values:
+            continue
         look = {key: value for key, value in style(number).items() if key != 'linestyle'}
         spread = [number + 0.06 * (k - (len(values) - 1) / 2) for k in range(len(values))]
         hollow = {'markerfacecolor': 'none'} if number >= len(_COLORS) else {}
         axes.plot(spread, values, label=_printed(label), linestyle='', markersize=6, **look, **hollow)
-        if values:
-            mean = sum(values) / len(values)
-            axes.hlines(mean, number - 0.3, number + 0.3, color=look['color'], linewidth=1.5)
-    axes.set(xlim=(-0.6, len(groups) - 0.4), xticks=[], ylabel=ylabel)
+        mean = sum(values) / len(values)
+        axes.hlines(mean, number - 0.3, number + 0.3, color=look['color'], linewidth=1.5)
+    axes.set(xlim=(-0.6, len(groups) - 0.4), xticks=[], ylabel=textwrap.fill(ylabel, 36))
     if log_y:
         axes.set_yscale('log')
     elif highest > 0:

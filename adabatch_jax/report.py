@@ -150,7 +150,9 @@ def minima(group: Group) -> dict[str, list[float]]:
                 iter(record.get(f'{key}_eigenvalues', ())), None
             )
         for s in record.get('sharpness', ()):
-            values[f'sharpness, epsilon {s["epsilon"]:g} in {s["dimensions"]:,}'] = s['value']
+            n = s['dimensions']
+            where = f'epsilon {s["epsilon"]:g} in {n:,} dimension{"s" * (n != 1)}'
+            values[f'sharpness, %, {where}'] = s['value']
         for name, value in values.items():
             if value is not None:
                 found.setdefault(name, []).append(value)
@@ -296,9 +298,7 @@ def minima_figures(groups: Sequence[Group]) -> dict[str, Any]:
         if name in names
     }
     return {
-        key: figures.dots(
-            values, name.partition(' in ')[0], log_y=is_spread([v for vs in values.values() for v in vs])
-        )
+        key: figures.dots(values, name, log_y=is_spread([v for vs in values.values() for v in vs]))
         for key, (values, name) in drawn.items()
     }
 

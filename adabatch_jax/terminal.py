@@ -308,8 +308,9 @@ def print_analysis(records: list[dict[str, Any]]) -> None:
         for name, key in (('loss', 'loss'), ('norm of the gradient', 'gradient_norm'))
     ]
     for k, first in enumerate(records[0]['sharpness']):
-        name = f'sharpness, epsilon {first["epsilon"]:g}, {first["dimensions"]:,} dimensions'
-        rows.append((name, [f'{r["sharpness"][k]["value"]:.4g}' for _, r in found]))
+        n = first['dimensions']
+        where = f'epsilon {first["epsilon"]:g} in {n:,} dimension{"s" * (n != 1)}'
+        rows.append((f'sharpness, %, {where}', [f'{r["sharpness"][k]["value"]:.4g}' for _, r in found]))
     for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
         for k, _ in enumerate(records[0].get(f'{key}_eigenvalues', ())):
             rows.append(

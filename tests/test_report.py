@@ -176,7 +176,7 @@ def test_minima_are_compared_where_they_were_analyzed(runs):
     page = report.page(runs)
     (table,) = (table for table in page.tables if table.title == 'Minima')
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    name = 'sharpness, epsilon 0.001 in 7,000'
+    name = 'sharpness, %, epsilon 0.001 in 7,000 dimensions'
     assert [row[name] for row in rows] == ['5 (4 to 6)', '1.5 (1 to 2)']
     eigenvalue = 'largest eigenvalue, Hessian'
     assert [row[eigenvalue] for row in rows] == ['10 (8 to 12)', '3 (2 to 4)']
@@ -184,7 +184,11 @@ def test_minima_are_compared_where_they_were_analyzed(runs):
     (axes,) = page.drawn['sharpness'].axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert drawn == {'fixed': [4.0, 6.0], 'adabatch': [1.0, 2.0]}
+    assert axes.get_ylabel().split() == name.split()  # in lines that the figure has room for
     assert 'largest_eigenvalue' in page.drawn
+    page = report.page([write_run(runs[0].parent / 'unanalyzed', 'plateau'), *runs])
+    (axes,) = page.drawn['sharpness'].axes
+    assert [line.get_label() for line in axes.lines] == ['fixed', 'adabatch']
 
 
 def test_without_an_analysis_nothing_is_said_of_minima(runs):
