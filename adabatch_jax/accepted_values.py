@@ -27,7 +27,6 @@ _POSITIVE = (
     'batch.noise_scale.scale',
     'batch.gradient_diversity.delta',
     'learning_rate.effective',
-    'learning_rate.decay_factor',
     'learning_rate.power',
     'learning_rate.reference_batch_size',
     'optimizer.svrg.snapshot_passes',
@@ -65,6 +64,7 @@ _NOT_NEGATIVE = (
     'optimizer.epsilon',
 )
 _LARGEST = 2.0**127  # half of what float32 can hold
+_UP_TO_ONE = ('learning_rate.decay_factor', 'dataset.min_crop_area')
 _WITHIN_ONE = ('divergence.rate_factor', 'batch.simigrad.cosine')
 _BELOW_ONE = (
     'optimizer.momentum',
@@ -117,8 +117,7 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     require(_POSITIVE, 'a positive number', lambda value: value > 0)
     require(_NOT_NEGATIVE, 'zero or a positive number', lambda value: value >= 0)
     require(_ABOVE_ONE, 'a number above 1', lambda value: value > 1)
-    require(('learning_rate.decay_factor',), 'a number from 0 to 1', lambda value: value <= 1)
-    require(('dataset.min_crop_area',), 'a number above 0, up to 1', lambda value: 0 < value <= 1)
+    require(_UP_TO_ONE, 'a number above 0, up to 1', lambda value: 0 < value <= 1)
     require(_WITHIN_ONE, 'a number above 0, below 1', lambda value: 0 < value < 1)
     require(_BELOW_ONE, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     require(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)

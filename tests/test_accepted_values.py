@@ -12,7 +12,7 @@ TINY = 5e-324  # the smallest positive number
 LIMITS = {  # refused, accepted
     'num_epochs': ((0.0, -1.0, math.inf, math.nan), (TINY, 1, 2.0**127)),
     'learning_rate.effective': ((0.0, math.inf, 2.0**127 * 1.001), (TINY, 2.0**127)),
-    'learning_rate.decay_factor': ((0.0, 1.001), (TINY, 1.0)),
+    'learning_rate.decay_factor': ((0.0, 1.001, math.inf), (TINY, 1.0)),
     'learning_rate.decay_at_epochs': (
         ((0,), (-1,), (math.inf,), (math.nan,), (True,), ('1',)),
         ((), (TINY, 1)),
@@ -41,3 +41,9 @@ def test_a_value_is_accepted_up_to_its_limits_and_refused_beyond(key):
     for value in refused:
         with pytest.raises(ValueError, match=f'^{key}: got .*; accepted: '):
             accepted_values.check(DEFAULTS | {key: value}, DEFAULTS)
+
+
+@pytest.mark.parametrize('value', [-1.0, 0.0, 1e30, math.nan])
+def test_whatever_a_factor_is_what_is_accepted_is_said_the_same(value):
+    with pytest.raises(ValueError, match='accepted: a number above 0, up to 1$'):
+        accepted_values.check(DEFAULTS | {'learning_rate.decay_factor': value}, DEFAULTS)
