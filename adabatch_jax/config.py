@@ -15,8 +15,12 @@ class ConfigError(ValueError):
     """A user's mistake: one clear line, exit status 2."""
 
 
+# What an argument may be the reason for.
+_OF_ARGUMENTS = (ValueError, OSError, OverflowError, MemoryError)
+
+
 @contextlib.contextmanager
-def user_errors(key: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, OverflowError)):
+def user_errors(key: str, kinds: tuple[type[Exception], ...] = _OF_ARGUMENTS):
     """Turns what the parts raise about their arguments into a ``ConfigError`` naming ``key``.
 
     A message that begins with the name of an argument, as in ``max_size: got 3``, continues the key.
@@ -26,8 +30,9 @@ def user_errors(key: str, kinds: tuple[type[Exception], ...] = (ValueError, OSEr
     except ConfigError:
         raise
     except kinds as error:
-        joint = '.' if re.match(r'\w+(\.\w+)*: ', str(error)) else ': '
-        raise ConfigError(f'{key}{joint}{error}') from error
+        message = str(error) or type(error).__name__
+        joint = '.' if re.match(r'\w+(\.\w+)*: ', message) else ': '
+        raise ConfigError(f'{key}{joint}{message}') from error
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -25,6 +25,8 @@ LIMITS = {  # refused, accepted
     'batch.stages': (((1,),), ((), ([0, 8],))),
     'batch.simigrad.cosine': ((0.0, 1.0), (TINY, 0.999)),
     'batch.statistics.min_groups': ((1,), (2,)),
+    'dataset.image_size': ((-1, 2**16), (0, 2**16 - 1)),
+    'dataset.num_classes': ((-1, 2**24), (0, 2**24 - 1)),
     'dataset.min_crop_area': ((0.0, 1.001), (TINY, 1.0)),
     'divergence.rate_factor': ((0.0, 1.0), (TINY, 0.999)),
     'analysis.trace_samples': ((1, -1), (0, 2)),

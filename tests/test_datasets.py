@@ -7,9 +7,11 @@ import types
 
 import numpy as np
 import pytest
+from test_train import tiny
 
 from adabatch_jax import input_pipeline
-from adabatch_jax.config import default_config
+from adabatch_jax.config import ConfigError, default_config, resolve
+from adabatch_jax.experiment import describe
 from adabatch_jax.input_pipeline import datasets
 
 
@@ -354,3 +356,10 @@ def test_tensorflow_that_holds_a_gpu_already_is_told_with_the_way_out(monkeypatc
     monkeypatch.setattr(config, 'set_visible_devices', fixed)
     with pytest.raises(ValueError, match='uses one in this process already; .* restart the kernel'):
         datasets.tensorflow()
+
+
+def test_images_that_are_too_many_for_memory_are_a_mistake_in_the_data_set():
+    dataset = {'dataset.image_size': 2**16 - 1, 'dataset.num_classes': 2**24 - 1}
+    experiment = describe(resolve(tiny(**dataset)))
+    with pytest.raises(ConfigError, match='^config.dataset: Unable to allocate .* PiB'):
+        experiment.open_pipeline()
