@@ -73,8 +73,9 @@ def check(
             f'workdir: got {str(workdir)!r}; accepted: paths without {" ".join(bad)}, which Orbax takes '
             'for a pattern of names'
         )
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f'workdir: {str(workdir)!r} is a file; accepted: a directory')
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f'workdir: {str(there)!r} is a file; accepted: a directory')
     if (workdir / CONFIG_FILE).exists():
         if differing := differences(config, resolve(read_config(workdir)), may_differ):
             raise ConfigError(

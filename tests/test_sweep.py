@@ -140,6 +140,18 @@ def test_a_directory_that_a_sweep_cannot_have_is_told_in_a_line(tmp_path, name, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('below', ['', 'folder'])
+@pytest.mark.parametrize('arguments', [[], ['--sweep']])
+def test_a_work_directory_that_is_a_file_or_below_one_is_told_in_a_line(
+    tmp_path, arguments, below, capsys
+):
+    file = tmp_path / 'file'
+    file.touch()
+    assert main.main(['main', CONFIG, f'--workdir={file / below}', *arguments]) == 2
+    expected = f'error: workdir: {str(file)!r} is a file; accepted: a directory\n'
+    assert capsys.readouterr().err == expected
+
+
 def test_a_sweep_of_other_runs_is_refused_and_leaves_these_as_they_are(tmp_path):
     other = config()
     (tmp_path / 'fixed_small-1').mkdir()
