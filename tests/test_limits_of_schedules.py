@@ -139,3 +139,19 @@ def test_stretches_end_where_an_update_passes_a_multiple(remainder):
             seen = update.end
         expected += [count] if count else []
         assert list(clock.stretches(start, stop, size, every)) == expected
+
+
+@pytest.mark.parametrize(
+    'batch_size, devices, options, told',
+    [
+        (8, 1, {'min_groups': 16}, '1 device: got 8 examples .*[(]16 parts .*: batch.statistics.min_gr'),
+        (8, 8, {'min_groups': 2**62 + 1}, f'got 1 example .* into {2**59 + 1} or more .* [(]'),
+        (8, 2, {'min_groups': 2, 'multiple_of': 3}, '[(]multiples of 3: model.batch_norm[)]$'),
+        (6, 1, {'max_per_device': 2, 'multiple_of': 3}, '3 or more microbatches of at most 2 .*norm[)]'),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_told_with_the_keys_that_ask_for_it(
+    batch_size, devices, options, told
+):
+    with pytest.raises(ValueError, match=told):
+        split_batch(batch_size, devices, **options)

@@ -1,7 +1,6 @@
 """Plans: every stage of a run, worked out before its first update."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -175,23 +174,27 @@ def split_batch(
     """
     if batch_size < 1:
         raise ValueError(f'batch size: got {batch_size}; needs at least 1')
+    devices = f'{num_devices} device{"s" * (num_devices != 1)}'
     if batch_size % num_devices:
         raise ValueError(
-            f'batch size {batch_size} does not divide evenly over {num_devices} devices; '
+            f'batch size {batch_size} does not divide evenly over {devices}; '
             f'use a multiple of {num_devices}'
         )
     per_device = batch_size // num_devices
-    fewest = math.ceil(per_device / max_per_device) if max_per_device else 1
-    fewest = max(fewest, math.ceil(min_groups / num_devices))
+    fewest = -(-per_device // max_per_device) if max_per_device else 1
+    fewest = max(fewest, -(-min_groups // num_devices))
     for num_microbatches in range(fewest, per_device // multiple_of + 1):
         if per_device % (num_microbatches * multiple_of) == 0:
             return per_device // num_microbatches, num_microbatches
-    parts = f'; gradient statistics need {min_groups} parts' if min_groups > 1 else ''
     at_most = f' of at most {max_per_device} examples' if max_per_device else ''
+    asked = {
+        f'multiples of {multiple_of}: model.batch_norm': multiple_of > 1,
+        f'{min_groups} parts on all devices: batch.statistics.min_groups': min_groups > num_devices,
+    }
     raise ValueError(
-        f'batch size {batch_size} on {num_devices} devices: got {per_device} examples a device, which '
-        f'do not divide into {fewest} or more microbatches{at_most} that are multiples of {multiple_of} '
-        f'(the groups of model.batch_norm{parts})'
+        f'batch size {batch_size} on {devices}: got {per_device} example{"s" * (per_device != 1)} a '
+        f'device, which do not divide into {fewest} or more microbatches{at_most} '
+        f'({"; ".join(text for text, is_asked in asked.items() if is_asked)})'
     )
 
 
