@@ -174,10 +174,10 @@ def minima_table(groups: Sequence[Group]) -> Table:
     records = [run.minimum for group in groups for run in group.runs if run.minimum]
     counts = ' or '.join(f'{n:,}' for n in sorted({record['num_examples'] for record in records}))
     note = (
-        f'At the latest checkpoint that was analyzed, on {counts} fixed training examples; means over '
-        'seeds, with the smallest and the largest. Sharpness: Keskar et al., 2017, in percent, in so '
-        'many dimensions. It depends on the scale of the weights, as eigenvalues do: compare equal '
-        'networks only.'
+        f'At the latest checkpoint that was analyzed, on {counts} fixed training '
+        f'example{"s" * (counts != "1")}; means over seeds, with the smallest and the largest. '
+        'Sharpness: Keskar et al., 2017, in percent, in so many dimensions. It depends on the scale of '
+        'the weights, as eigenvalues do: compare equal networks only.'
     )
     return Table('Minima', ('run', *names), rows, note)
 
@@ -187,8 +187,8 @@ def stage_table(group: Group) -> Table:
     run, rows = group.runs[0], []
     for s in comparison.stage_rows(run.records):
         split = '-'
-        if 'microbatch_size' in s and 'num_microbatches' in s:
-            split = f'{s["num_microbatches"]} x {s["microbatch_size"]}'
+        if s.get('microbatch_size') and s.get('num_microbatches'):
+            split = f'{s["num_microbatches"]:,} x {s["microbatch_size"]:,}'
         speed, loss = s['images_per_second'], s['loss']
         rows.append(
             (
@@ -234,7 +234,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
         shown, more = run.skipped[:5], len(run.skipped) - 5
         found += [f'{run.directory}: left out: {line}' for line in shown]
         if more > 0:
-            found.append(f'{run.directory}: left out: {more} more lines')
+            found.append(f'{run.directory}: left out: {more} more line{"s" * (more != 1)}')
     return found + comparison.unlike(groups)
 
 
@@ -385,7 +385,7 @@ def run(values: flags.FlagValues) -> int:
         pages.write(written, form, out)
     for line in written.notes:
         print(line)
-    print(f'{out}: {written.num_runs} runs')
+    print(f'{out}: {written.num_runs} run{"s" * (written.num_runs != 1)}')
     return 0
 
 

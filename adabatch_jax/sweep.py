@@ -124,8 +124,8 @@ def run(
     with user_errors('workdir'):
         pages.write(page, 'html', directory / 'report.html')
     if not quiet:
-        compared = f'{directory / "report.html"}: {page.num_runs} runs compared'
-        terminal.say('\n'.join([*page.notes, compared]))
+        compared = f'{page.num_runs} run{"s" * (page.num_runs != 1)} compared'
+        terminal.say('\n'.join([*page.notes, f'{directory / "report.html"}: {compared}']))
     return worst
 
 

@@ -82,6 +82,11 @@ def _digits(value: float) -> str:
     return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
+def _count(number: float, noun: str, form: str = ',') -> str:
+    """So many of something."""
+    return f'{number:{form}} {noun}{"s" * (number != 1)}'
+
+
 def _rates(plan: Plan, stage: Stage) -> str:
     """The first and the last learning rate of a stage, and between them the highest, if it is there."""
     if stage.num_updates > _MOST_RATES:
@@ -110,7 +115,7 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
             str(stage.index),
             f'{clock.epoch(stage.start):.5g} - {clock.epoch(stage.end):.5g}',
             f'{stage.batch_size:,}',
-            f'{plan.num_devices} x {n} x {stage.microbatch_size}'
+            f'{plan.num_devices:,} x {n:,} x {stage.microbatch_size:,}'
             if (n := stage.num_microbatches)
             else '-',
             f'{over:,}' if (over := normalised_over(stage)) else '-',
@@ -120,10 +125,10 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
     _print(table)
     rate = plan.learning_rate
     _print(
-        f'{plan.num_updates:,} updates, {clock.num_epochs:g} epochs of {clock.num_examples:,} '
-        f'examples, partial batches: {clock.remainder}; learning rate stated for batch size '
-        f'{rate.reference_batch_size}, coupling {rate.coupling}; split: devices x microbatches x '
-        'examples of a microbatch; BatchNorm: examples behind each of its statistics'
+        f'{_count(plan.num_updates, "update")}, {_count(clock.num_epochs, "epoch", "g")} of '
+        f'{_count(clock.num_examples, "example")}, partial batches: {clock.remainder}; learning rate '
+        f'stated for batch size {rate.reference_batch_size:,}, coupling {rate.coupling}; split: devices '
+        'x microbatches x examples of a microbatch; BatchNorm: examples behind each of its statistics'
     )
     if not plan.planned:
         sizes = ', '.join(map(str, plan.ladder))
@@ -178,7 +183,7 @@ def print_stages(stages: list[dict[str, Any]], end: dict[str, Any], unusual: str
             f'{end["cache_hits"]}'
         )
     _print(
-        f'{end["updates"]:,} updates in {end["wall_seconds"]:.1f} s (training '
+        f'{_count(end["updates"], "update")} in {end["wall_seconds"]:.1f} s (training '
         f'{end["train_seconds"]:.1f} s); accuracy {end["final_accuracy"]:.2%}, best '
         f'{end["best_accuracy"]:.2%}; {compiled}' + (f'; {unusual}' if unusual else '')
     )
@@ -281,8 +286,8 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
         table.add_row(part, f'{share * summary["wall_seconds"]:,.2f}', f'{share:.1%}')
     _print(table)
     _print(
-        f'{summary["updates"]:,} updates in {summary["wall_seconds"]:,.1f} s; compilation, mostly '
-        f'beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
+        f'{_count(summary["updates"], "update")} in {summary["wall_seconds"]:,.1f} s; compilation, '
+        f'mostly beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
         'waiting; setup: until state and data were there; stall: at the beginning of stages'
     )
 
@@ -291,25 +296,23 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """Prints what an evaluation of a checkpoint gave."""
     _print(
         f'update {result["step"]:,}, epoch {result["epoch"]:.4g}: {result["split"]} loss '
-        f'{result["loss"]:.4f}, accuracy {result["accuracy"]:.2%} of {result["num_examples"]:,} '
-        'examples'
+        f'{result["loss"]:.4f}, accuracy {result["accuracy"]:.2%} of '
+        f'{_count(result["num_examples"], "example")}'
     )
 
 
 def print_analysis(records: list[dict[str, Any]]) -> None:
     """Prints what an analysis found at each checkpoint; see ``analysis.analyze``."""
     found = [(f'update {r["step"]:,}', r) for r in records]
-    table = _table(
-        f'Minima, on {records[0]["num_examples"]:,} training examples', '', *(n for n, _ in found)
-    )
+    examples = _count(records[0]['num_examples'], 'training example')
+    table = _table(f'Minima, on {examples}', '', *(n for n, _ in found))
     rows = [('epoch', [f'{r["epoch"]:.4g}' for _, r in found])]
     rows += [
         (name, [f'{r[key]:.4g}' for _, r in found])
         for name, key in (('loss', 'loss'), ('norm of the gradient', 'gradient_norm'))
     ]
     for k, first in enumerate(records[0]['sharpness']):
-        n = first['dimensions']
-        where = f'epsilon {first["epsilon"]:g} in {n:,} dimension{"s" * (n != 1)}'
+        where = f'epsilon {first["epsilon"]:g} in {_count(first["dimensions"], "dimension")}'
         rows.append((f'sharpness, %, {where}', [f'{r["sharpness"][k]["value"]:.4g}' for _, r in found]))
     for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
         for k, _ in enumerate(records[0].get(f'{key}_eigenvalues', ())):

@@ -215,9 +215,9 @@ def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
         return  # not there, or not readable: it is written anew
     if num_examples != plan.clock.num_examples:
         raise ConfigError(
-            f'workdir: {str(workdir)!r} holds a run on {num_examples} training examples, and the data '
-            f'set has {plan.clock.num_examples} now; bring it back as it was, or choose another '
-            '--workdir'
+            f'workdir: {str(workdir)!r} holds a run on {num_examples} training '
+            f'example{"s" * (num_examples != 1)}, and the data set has {plan.clock.num_examples} now; '
+            'bring it back as it was, or choose another --workdir'
         )
     now = [(stage.start, stage.batch_size) for stage in plan.stages]
     if planned and not is_changed and stages != now:  # the run to replay may be another

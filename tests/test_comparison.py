@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_report import write_run
+from test_report import analyzed, write_run
 
 from adabatch_jax import comparison, report, workdir
 from adabatch_jax.config import ConfigError
@@ -93,6 +93,17 @@ def test_runs_are_compared_with_one_that_learnt_nothing_and_of_no_time_only_the_
     rows = comparison.comparison_rows(comparison.group(runs))
     assert [row['accuracy_difference'] for row in rows] == [0.0, 0.25, 0.5]
     assert [row['speedup'] for row in rows] == [1.0, 20.0, None]
+
+
+def test_one_run_is_one_and_one_example_too(tmp_path, capsys):
+    folder, out = write_run(tmp_path / 'a', sizes=(1000,)), tmp_path / 'page.html'
+    analyzed(folder, 1, 2.0)
+    file = folder / 'analysis.jsonl'
+    file.write_text(file.read_text().replace('7000', '1').replace('40', '1'))
+    assert report.main(['report', str(folder), f'--out={out}']) == 0
+    assert capsys.readouterr().out == f'{out}: 1 run\n'
+    text = out.read_text()
+    assert 'in 1 dimension<' in text and 'on 1 fixed training example;' in text and '1 x 1,000' in text
 
 
 ONE = {'device': 'cpu', 'num_devices': 1, 'versions': {'jax': '0.10.1', 'numpy': '2'}}

@@ -55,6 +55,22 @@ def test_without_a_terminal_stages_and_evaluations_are_plain_lines(tmp_path, cap
     assert not any('\x1b' in line or '━' in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    'size, told',
+    [
+        (1, ('1 update, 1 epoch of 1 example, ', 'batch size 1,')),
+        (4096, ('1 update, ', 'of 4,096 examples, ', 'batch size 4,096,', '1 x 1 x 4,096')),
+    ],
+)
+def test_a_plan_writes_one_and_thousands_alike_wherever_it_counts(size, told, capsys):
+    clock = schedules.Clock(size, 1)
+    rate = schedules.LearningRate(0.1, 'linear', size)
+    planned = schedules.make_plan(clock, [schedules.Transition(0, size, '')], rate)
+    terminal.print_plan(planned, lambda stage: 0)
+    shown = ' '.join(capsys.readouterr().out.split())
+    assert all(text in shown for text in told), shown
+
+
 @pytest.mark.parametrize('is_terminal', [True, False])
 def test_no_digit_of_a_table_is_cut_off_however_narrow_the_terminal_is(is_terminal, capsys, monkeypatch):
     narrow = Console(width=20, force_terminal=is_terminal, highlight=False)

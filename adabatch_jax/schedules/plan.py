@@ -262,7 +262,8 @@ def _check_fit(sizes: Iterable[int], first: int, num_examples: int) -> None:
             if size == first:
                 advice = 'start with less (batch.base_size, batch.stages)'
             raise ValueError(
-                f'batch size {size} is larger than the data set ({num_examples} examples); {advice}'
+                f'batch size {size} is larger than the data set ({num_examples} '
+                f'example{"s" * (num_examples != 1)}); {advice}'
             )
 
 
