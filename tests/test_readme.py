@@ -128,8 +128,8 @@ def test_printed_plan_is_the_one_that_is_printed(monkeypatch, capsys):
     for row in (line.split() for line in shown.splitlines() if re.match(r' +\d', line)):
         at = row.index('x')
         row[at - 1 : at + 2] = ['2', 'x', '1']  # the tests have two devices
-        row[at + 3] = str(int(row[at + 3]) // 2)
-        row[at + 4] = f'{int(row[at + 4].replace(",", "")) // 2:,}'
+        for k in (at + 3, at + 4):
+            row[k] = f'{int(row[k].replace(",", "")) // 2:,}'
         assert row in printed
 
 
