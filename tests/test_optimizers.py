@@ -1,13 +1,15 @@
 """Optimizers against worked examples and their definitions."""
 
 import itertools
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from adabatch_jax import optimizers
+from adabatch_jax import optimizers, records
+from adabatch_jax.config import default_config
 
 
 def updates_of(optimizer, params, grads, rate, count=1):
@@ -90,3 +92,23 @@ def test_a_gradient_that_is_not_finite_leaves_weights_that_are_not(name, decayed
             updates, _ = optimizer.update(given, state, params)
             changed = optax.apply_updates(params, updates)
             assert all(np.isfinite(x).all() for x in changed.values()) == (given is grads), place
+
+
+@pytest.mark.parametrize(
+    'name, eval_split, objective',
+    [('sgd', 'train', 1.45), ('adamw', 'train', None), ('sgd', 'test', None)],
+)
+def test_an_objective_is_recorded_where_weight_decay_is_the_gradient_of_a_penalty(
+    name, eval_split, objective
+):
+    config = default_config()
+    config.dataset.eval_split = eval_split
+    config.optimizer.update(dict(name=name, weight_decay=0.1, decayed='kernels'))
+    state = types.SimpleNamespace(params={'kernel': np.array([[3.0]]), 'bias': np.ones(1)}, reduction={})
+    run = types.SimpleNamespace(
+        experiment=types.SimpleNamespace(config=config),
+        host=types.SimpleNamespace(gradient_evaluations=0),
+        state=state,
+    )
+    found = records.evaluation(run, {'loss': 1.0}).get('objective')
+    assert found == (objective and pytest.approx(objective))
