@@ -87,7 +87,8 @@ def train(
         attempt: Attempt | None = Attempt()
         while attempt is not None:
             summary, attempt = _try(attempt, config, directory, stop)
-            gc.collect()  # an error and the frames that it came through may hold one another
+            if attempt:  # an error and the frames that it came through may hold one another
+                gc.collect()
     return summary
 
 

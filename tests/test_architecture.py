@@ -22,7 +22,7 @@ ALLOWED = {
     'variance_reduction': {'losses'},
     'analysis': {
         'checkpoint', 'compilation_cache', 'config', 'curvature', 'experiment', 'input_pipeline',
-        'losses', 'metrics', 'optimizers', 'sharpness', 'workdir',
+        'metrics', 'optimizers', 'sharpness', 'workdir',
     },
     'models': set(),
     'metrics': set(),
