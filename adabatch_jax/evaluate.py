@@ -13,7 +13,6 @@ from adabatch_jax import (
     compilation_cache,
     distributed,
     input_pipeline,
-    memory,
     metrics,
     steps,
     train_state,
@@ -41,7 +40,7 @@ def evaluate(state: train_state.TrainState, spec: steps.StepSpec, pipeline) -> d
             running = sums
         total = metrics.add_sums(total, jax.device_get(running))
     except jax.errors.JaxRuntimeError as error:
-        if memory.OUT_OF_MEMORY not in str(error):
+        if not distributed.is_out_of_memory(error):
             raise
         raise ConfigError(
             f'config.dataset.eval_batch_size: got {spec.batch_size}, and the device ran out of memory; '

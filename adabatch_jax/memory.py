@@ -15,7 +15,6 @@ from adabatch_jax.experiment import Experiment
 # Beside the step a device holds the batches put ahead, the evaluation step, and what the allocator loses
 # in gaps.
 USABLE = 0.85
-OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in the message of what JAX raises
 
 
 def device_bytes() -> int:
@@ -45,7 +44,7 @@ def step_bytes(spec: steps.StepSpec) -> float:
     try:
         return steps.CACHE.precompile(spec).result().memory_bytes
     except jax.errors.JaxRuntimeError as error:
-        if OUT_OF_MEMORY not in str(error):
+        if not distributed.is_out_of_memory(error):
             raise
         return float('inf')
 
@@ -100,7 +99,7 @@ def smaller_microbatch(error: Exception, experiment: Experiment, batch_sizes: It
     Raises:
       Exception: ``error`` itself, where it is not about memory or nothing smaller is left.
     """
-    if OUT_OF_MEMORY not in str(error):
+    if not distributed.is_out_of_memory(error):
         raise error
     smallest = experiment.plan.microbatch_multiple
     # Other devices may have trained what came before.

@@ -66,7 +66,7 @@ ALLOWED = {
     'memory': {'config', 'distributed', 'experiment', 'steps'},
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',
-        'memory', 'metrics', 'steps', 'train_state',
+        'metrics', 'steps', 'train_state',
     },
     'main': {
         'analysis', 'command_line', 'comparison', 'config', 'distributed', 'evaluate', 'experiment',

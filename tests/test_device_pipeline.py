@@ -217,6 +217,22 @@ def test_the_skipped_rest_of_an_epoch_ends_with_its_evaluation(tmp_path, several
     assert [record['examples_seen'] for record in of_kind(tmp_path, 'eval')] == [116, 200, 300]
 
 
+def test_data_that_a_device_has_no_room_for_are_refused_and_other_failures_are_loud(monkeypatch):
+    def fails_with(message):
+        def put(_):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(distributed, 'put_everywhere', put)
+
+    parts = experiment.describe(resolve(tiny(**DEVICE)))
+    fails_with('RESOURCE_EXHAUSTED: Out of memory')
+    with pytest.raises(ConfigError, match=r"config.dataset.pipeline: got 'device', .* GiB of synthetic"):
+        parts.open_pipeline()
+    fails_with('INTERNAL: something else')
+    with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+        parts.open_pipeline()
+
+
 def test_images_that_stay_on_disk_are_refused(tmp_path):
     for k in range(2):
         (tmp_path / 'train' / str(k)).mkdir(parents=True)

@@ -3,6 +3,7 @@
 from adabatch_jax.distributed.cluster import is_in_use, num_found
 from adabatch_jax.distributed.devices import (
     AXIS_NAME,
+    is_out_of_memory,
     local_rows,
     mesh,
     put,
@@ -43,6 +44,7 @@ __all__ = [
     'is_first',
     'is_in_use',
     'is_joined',
+    'is_out_of_memory',
     'is_shared',
     'join',
     'largest',

@@ -58,6 +58,11 @@ def put_everywhere(tree: Any) -> Any:
     return jax.tree.map(put_one, tree)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether JAX raised an error because a device's memory did not suffice."""
+    return 'RESOURCE_EXHAUSTED' in str(error)
+
+
 def local_rows(batch_size: int) -> slice:
     """The examples of a global batch that this process's devices work on."""
     share = batch_size // jax.process_count()

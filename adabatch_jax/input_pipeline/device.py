@@ -107,7 +107,16 @@ class DevicePipeline(InMemory):
         images, labels = self.train
         rows = images.reshape(len(images), -1)
         data = {'image': rows, 'label': labels, 'seed': np.uint32(config.seed)}
-        self._data = distributed.put_everywhere(data)
+        try:
+            self._data = jax.block_until_ready(distributed.put_everywhere(data))
+        except jax.errors.JaxRuntimeError as error:
+            if not distributed.is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f'pipeline: got {config.dataset.pipeline!r}, and a device has no room for the '
+                f'{load.num_bytes() / 2**30:.3g} GiB of {config.dataset.name}; choose a shorter '
+                "train_split, or 'tf_data' where the optimizer takes it"
+            ) from error
         self.train = None
 
     def close(self) -> None:
