@@ -168,6 +168,8 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
 def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dict[str, Any]:
     """Trains from where a run is to its end; arguments, result and exceptions are those of ``train``."""
     config = run.experiment.config
+    if run.is_undecided:
+        run.decide()
     if run.upcoming is None and (summary := run.written_summary()):
         run.display.say('this run is complete: nothing is left to train')
         return summary
@@ -261,9 +263,6 @@ def open_run(
             run.host.counts['fall_backs'] = attempt.fall_backs
         stack.enter_context(contextlib.closing(run.streams))
         stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps
-        if config.compile.precompile and run.upcoming:
-            for spec in experiment.stage_specs(run.upcoming.batch_size):
-                steps.CACHE.precompile(spec)
         stack.enter_context(run.display)
         run.host.seconds['setup'] += time.perf_counter() - start
         with user_errors('config.dataset', DATA_ERRORS):

@@ -16,6 +16,7 @@ import pytest
 from adabatch_jax import distributed, experiment, memory, metrics, steps, train, train_state
 from adabatch_jax.config import ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
+from adabatch_jax.policies import critical_batch
 
 
 def make_config(**changes):
@@ -258,6 +259,7 @@ def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(memory, 'fit', lambda experiment: experiment.with_microbatches_up_to(2))
         with train.open_run(resolve(make_config()), tmp_path, train.Attempt()) as run:
+            run.decide()
             run.enter_stage()
             run.dispatch()
             run.decide()
@@ -266,6 +268,19 @@ def test_a_continued_run_keeps_the_microbatch_that_was_found(tmp_path, monkeypat
         train.train(make_config(), tmp_path)
     entered = [r for r in metrics.read_records(tmp_path) if r['kind'] == 'stage']
     assert [r['microbatch_size'] for r in entered] == [2, 2, 2, 2]
+
+
+def test_a_probe_before_the_first_update_may_run_out_of_memory_as_an_update_may(tmp_path, monkeypatch):
+    cache = Failing(monkeypatch, largest=8)  # a probe's 32, not what the run trains with
+    probes = {'batch.policy': 'critical_batch', 'batch.base_size': 16, 'batch.max_size': 32}
+    probes |= {'batch.critical_batch.probe_epochs': 1.0, 'batch.critical_batch.every_epochs': 9.0}
+    policy = critical_batch.CriticalBatch
+    monkeypatch.setattr(policy, 'probes', lambda self, _, seen: () if seen else self.ladder)
+    monkeypatch.setattr(policy, 'probed', lambda self, state, *_: state)
+    train.train(make_config(**probes), tmp_path)
+    assert cache.failures == 1
+    told = [r['reason'] for r in metrics.read_records(tmp_path) if r['kind'] == 'session']
+    assert told == ['update 1: out of memory; microbatches of at most 8 examples']
 
 
 def test_other_failures_of_a_step_are_not_hidden(tmp_path, monkeypatch):
