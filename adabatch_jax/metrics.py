@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 import platform
+import socket
+import struct
 import sys
 import time
 import warnings
@@ -113,8 +115,7 @@ class MetricsWriter:
         self._report = report
         path = pathlib.Path(workdir, METRICS_FILE)
         _drop_broken_tail(path)
-        self._file = open(path, 'ab', buffering=0)  # noqa: SIM115  closed by close()
-        self._unwritten = b''
+        self._file = _Appended(path)
         # Over updates; and over examples seen, where runs with different batch sizes compare.
         plain = {
             k: v if isinstance(v, int | float | str) else str(v) for k, v in (hparams or {}).items()
@@ -133,49 +134,35 @@ class MetricsWriter:
             that is not finite is written as null, and left out for TensorBoard.
         """
         record = finite({'kind': kind, **fields})
-        failing = bool(self._unwritten)
-        self._unwritten += json.dumps(record).encode() + b'\n'
+        failing = bool(self._file.waiting)
         try:
-            self.flush()
+            self._file.add(json.dumps(record).encode() + b'\n')
         except OSError as error:
             if not failing:
                 self._report(
                     f'warning: cannot write to {METRICS_FILE} ({error.strerror}); its records are kept '
                     'in memory until that is possible again'
                 )
-        with contextlib.suppress(OSError):  # the same disk, of which the line above tells
-            for events in self._event_files:
+        for events in self._event_files:
+            with contextlib.suppress(OSError):  # the same disk, of which the line above tells
                 events.write(kind, record)
         return record
 
-    def flush(self) -> None:
-        """Writes what could not be written before; raises ``OSError`` where it still cannot."""
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            rest = memoryview(self._unwritten)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(end)
-            raise
-        self._unwritten = b''
-
     def sync(self) -> None:
-        """As ``flush``, and waits until the records would survive a loss of power."""
-        self.flush()
+        """Waits until all would survive a loss of power; raises ``OSError`` where they cannot."""
+        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes both; what could not be written is reported."""
-        with contextlib.suppress(OSError):
-            for events in self._event_files:
+        """Closes the files; what could not be written is reported."""
+        for events in self._event_files:
+            with contextlib.suppress(OSError):
                 events.close()
-        with self._file:
-            try:
-                self.flush()
-            except OSError as error:
-                lost = self._unwritten.count(b'\n')
-                self._report(f'warning: {lost} records are not in {METRICS_FILE}: {error.strerror}')
+        try:
+            self._file.close()
+        except OSError as error:
+            lost = self._file.waiting.count(b'\n')
+            self._report(f'warning: {lost} records are not in {METRICS_FILE}: {error.strerror}')
 
 
 class NoWriter:
@@ -188,11 +175,47 @@ class NoWriter:
         """Does nothing."""
 
 
+class _Appended:
+    """A file that pieces are added to, each whole: what the disk refuses waits in memory.
+
+    A piece is with the system at once, and survives the end of the process. Nobody waits for the disk.
+
+    Attributes:
+      waiting: what is not in the file yet.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, 'ab', buffering=0)  # noqa: SIM115  closed by close()
+        self.fileno, self.waiting = self._file.fileno, bytearray()
+
+    def add(self, piece: bytes) -> None:
+        """Adds a piece, after those that wait; raises ``OSError`` where they have to wait on."""
+        self.waiting += piece
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits; raises ``OSError`` where it still cannot be written."""
+        end, done = os.fstat(self.fileno()).st_size, 0
+        try:
+            while done < len(self.waiting):
+                with memoryview(self.waiting) as waiting, waiting[done:] as rest:
+                    done += self._file.write(rest)
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self.waiting.clear()
+
+    def close(self) -> None:
+        """Closes the file; raises ``OSError`` where something waits that cannot be written."""
+        with self._file:
+            self.flush()
+
+
 class _EventFile:
     """A TensorBoard event file, begun with its first record.
 
-    tensorboardX's own ``SummaryWriter`` writes from a thread, which ends with the first failure of the
-    disk, and then every ``add_scalar`` waits for it in vain.
+    tensorboardX's own writers wait for the disk with every flush, or write from a thread that ends with
+    the first failure of the disk, after which every ``add_scalar`` waits for it in vain.
 
     Args:
       directory: made where it does not exist.
@@ -202,33 +225,43 @@ class _EventFile:
 
     def __init__(self, directory: str | os.PathLike, position: str, hparams: dict[str, Any]):
         self._directory, self._position, self._hparams = directory, position, hparams
-        self._writer = None
+        self._file: _Appended | None = None
 
     def write(self, kind: str, fields: dict[str, Any]) -> None:
         with _without_torch():
-            from tensorboardX import event_file_writer, summary
-            from tensorboardX.proto import event_pb2
+            from tensorboardX import summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        def add(**what):
-            step = fields[self._position]
-            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
-
-        if self._writer is None:
+        events, now = [], time.time()
+        if self._file is None:
             os.makedirs(self._directory, exist_ok=True)
-            self._writer = event_file_writer.EventsWriter(os.path.join(self._directory, 'events'))
+            name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}'
+            self._file = _Appended(os.path.join(self._directory, name))
+            events.append({'file_version': 'brain.Event:2', 'step': 0})
             if self._hparams:
-                for part in summary.hparams(self._hparams, {'eval/accuracy': 0, 'eval/loss': 0}):
-                    add(summary=part)
+                parts = summary.hparams(self._hparams, {'eval/accuracy': 0, 'eval/loss': 0})
+                events += [{'summary': part} for part in parts]
         for key, value in fields.items():
             if key not in ('step', 'time') and isinstance(value, int | float):
-                add(summary=summary.scalar(f'{kind}/{key}', value))
+                events.append({'summary': summary.scalar(f'{kind}/{key}', value)})
         if kind == 'session':  # TensorBoard then forgets what an earlier process wrote after this step
-            add(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        self._writer.flush()
+            events.append({'session_log': SessionLog(status=SessionLog.START)})
+        now_and_here = {'wall_time': now, 'step': fields[self._position]}
+        framed = (_framed(Event(**now_and_here | what).SerializeToString()) for what in events)
+        self._file.add(b''.join(framed))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _framed(event: bytes) -> bytes:
+    """As a file of records holds it: length, checksum, data, checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack('<Q', len(event))
+    sums = (struct.pack('<I', masked_crc32c(part)) for part in (length, event))
+    return length + next(sums) + event + next(sums)
 
 
 @contextlib.contextmanager

@@ -90,45 +90,78 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
 def read_events(path):
     """The events of a file of records: length, checksum, data, checksum."""
     from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
 
     data, events, at = path.read_bytes(), [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], 'little')
+        for begin, end in ((at, at + 8), (at + 12, at + 12 + size)):
+            assert int.from_bytes(data[end : end + 4], 'little') == masked_crc32c(data[begin:end])
         events.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
         at += 16 + size
     return events
 
 
-def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path, monkeypatch):
+def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path):
     reported = []
     writer = metrics.MetricsWriter(tmp_path, reported.append)
     writer.write('train', step=1, examples_seen=1, loss=0.5)
-    file, tensorboard = writer._file, writer._event_files[0]._writer
+    files = [appended._file for appended in appended_to(writer)]
 
     class Full:
-        fileno, truncate = file.fileno, file.truncate
+        def __init__(self, file):
+            self.file, self.truncate = file, file.truncate
 
         def write(self, data):
             if len(data) > 10:
-                return file.write(data[:10])  # as far as there was room
+                return self.file.write(data[:10])  # as far as there was room
             raise OSError(errno.ENOSPC, 'No space left on device')
 
-    def refuse(event):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-
-    writer._file = Full()
-    monkeypatch.setattr(tensorboard, 'write_event', refuse)
+    for appended, file in zip(appended_to(writer), files, strict=True):
+        appended._file = Full(file)
     writer.write('train', step=2, examples_seen=2, loss=0.25)
     writer.write('train', step=3, examples_seen=3, loss=0.125)
     assert [r['step'] for r in metrics.read_records(tmp_path)] == [1]
     assert (tmp_path / 'metrics.jsonl').read_bytes().endswith(b'}\n')
     assert len(reported) == 1 and 'No space left on device' in reported[0]
     with pytest.raises(OSError):
-        writer.flush()
-    writer._file = file
+        writer.sync()
+    for appended, file in zip(appended_to(writer), files, strict=True):
+        appended._file = file
     writer.write('train', step=4, examples_seen=4, loss=0.1)
     writer.close()
     assert [r['step'] for r in metrics.read_records(tmp_path)] == [1, 2, 3, 4]
+    for folder in (tmp_path, tmp_path / 'by_examples'):
+        (path,) = folder.glob('events.out.tfevents.*')
+        losses = [e.step for e in read_events(path) for v in e.summary.value if v.tag == 'train/loss']
+        assert losses == [1, 2, 3, 4]
+
+
+def appended_to(writer):
+    return [writer._file, *(events._file for events in writer._event_files)]
+
+
+def test_records_are_with_the_system_at_once_and_wait_for_the_disk_only_where_asked(
+    tmp_path, monkeypatch
+):
+    waited = []
+    monkeypatch.setattr(os, 'fsync', waited.append)
+    writer = metrics.MetricsWriter(tmp_path)
+    for step in (1, 2):
+        writer.write('train', step=step, examples_seen=step, loss=0.5)
+        (path,) = tmp_path.glob('events.out.tfevents.*')
+        last = read_events(path)[-1]
+        assert (last.step, last.summary.value[0].tag) == (step, 'train/loss')
+        assert metrics.read_records(tmp_path)[-1]['step'] == step
+    assert not waited
+    writer.sync()
+    assert waited == [writer._file.fileno()]
+
+
+def test_two_writers_of_one_directory_have_event_files_of_their_own(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, ('train', step, 0.5))
+    assert len(list(tmp_path.glob('events.out.tfevents.*'))) == 2
 
 
 def test_a_session_takes_back_what_was_written_of_later_steps_and_an_earlier_end(tmp_path):
