@@ -184,11 +184,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.compile = compile_ = ml_collections.ConfigDict()
     compile_.precompile = True  # compile later stages in the background
-    # Updates that one call of a compiled step makes, with pipeline device and a policy that plans; 0: on
-    # an accelerator as many as make 4,096 examples, on a CPU 1.
+    # Updates that one call of a compiled step makes, with pipeline device, where nothing looks at every
+    # update; 0: on an accelerator as many as make 4,096 examples, on a CPU 1.
     compile_.updates_per_dispatch = 0
     compile_.cache_dir = 'auto'  # persistent cache; auto: ~/.cache/adabatch_jax, '': off
-    # On a CPU: in as little as half the time, for steps up to a seventh slower.
+    # On a CPU: in as little as half the time, for steps up to an eighth slower.
     compile_.quick = False
 
     config.lock()
@@ -243,7 +243,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
 
     with user_errors('config'):
         accepted_values.check(given, defaults)
-    resolved = ml_collections.ConfigDict(config.copy_and_resolve_references())
+    resolved = ml_collections.ConfigDict(config).copy_and_resolve_references()  # frozen ones have none
     with resolved.unlocked():
         if resolved.learning_rate.decay_epochs == 0:
             resolved.learning_rate.decay_epochs = resolved.batch.growth_epochs

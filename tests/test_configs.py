@@ -309,6 +309,11 @@ def test_decays_follow_the_growth_unless_they_are_set():
     assert configuration.resolve(config).learning_rate.decay_epochs == 3.0
 
 
+def test_a_resolved_config_resolves_to_itself():
+    resolved = configuration.resolve(configuration.default_config())
+    assert configuration.resolve(resolved) == resolved
+
+
 def test_config_survives_json_and_names_what_differs():
     config = configuration.default_config()
     config.batch.stages = ((0, 8), (1.5, 16))
