@@ -514,7 +514,7 @@ def test_the_plan_tells_the_coupling_that_a_control_needs(changes, expected):
     config = default_config()
     config.update_from_flattened_dict({'batch.base_size': 64} | changes)
     policy = policies.create(resolve(config), None, schedules.Clock(1000, 9))
-    said = policies.control(config, policy, policies.coupling(config))
+    said = policies.control(resolve(config), policy)
     assert said.endswith(f'coupling={expected}.') if expected else said == ''
     if expected:
         control = config.copy_and_resolve_references()
@@ -528,7 +528,7 @@ def begins_with(config):
     rate = schedules.LearningRate(0.1, coupling, config.learning_rate.reference_batch_size)
     policy = policies.create(resolve(config), rate, schedules.Clock(1000, 9))
     first = policy.transitions[0].batch_size
-    return first, rate(0.0, first), policies.control(config, policy, coupling)
+    return first, rate(0.0, first), policies.control(resolve(config), policy)
 
 
 @pytest.mark.parametrize(

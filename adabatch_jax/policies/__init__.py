@@ -142,24 +142,23 @@ def _suited(own: str, config) -> str:
     return 'sqrt' if own == 'linear' and config.optimizer.name in ADAPTIVE_OPTIMIZERS else own
 
 
-def control(config, policy: Policy, used: str) -> str:
+def control(config, policy: Policy) -> str:
     """What the matched control of a run needs beside ``batch.policy=fixed``, in words; mostly nothing.
 
-    The run's first batch size, where it is not ``batch.base_size``; and the coupling that the run has,
+    The run's first batch size, where it is not ``batch.base_size``; and the coupling of its controls,
     where that of ``fixed`` would give that batch size another rate.
 
     Args:
-      config: of the run.
+      config: of the run, resolved.
       policy: what ``create`` makes of it.
-      used: its coupling, from ``coupling``.
     """
-    rate, first, needed = config.learning_rate, policy.transitions[0].batch_size, ''
+    first, wanted, needed = policy.transitions[0].batch_size, control_coupling(config), ''
+    fixed = config.as_configdict()
+    fixed.batch.policy = 'fixed'
     if first != config.batch.base_size:
         needed += f' --config.batch.base_size={first}'
-    is_replaced = rate.rule != 'schedule' or _replaces_coupling(config)
-    is_of_account = rate.coupling == 'auto' and not is_replaced and first != rate.reference_batch_size
-    if is_of_account and used != _suited(POLICIES['fixed'].COUPLING, config):
-        needed += f' --config.learning_rate.coupling={used}'
+    if first != config.learning_rate.reference_batch_size and coupling(fixed) != wanted:
+        needed += f' --config.learning_rate.coupling={wanted}'
     return f'Its control: --config.batch.policy=fixed{needed}.' if needed else ''
 
 

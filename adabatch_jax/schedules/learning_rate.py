@@ -122,13 +122,11 @@ class LearningRate:
     def _effective_at(self, epoch):
         return jnp.asarray(self.effective(epoch), jnp.float64).reshape(())
 
-    @property
+    @functools.cached_property
     def _compiled(self):
-        if '_jitted' not in self.__dict__:
-            # One after the other, and always as many: a polynomial of one alone was rounded otherwise.
-            one_by_one = functools.partial(lax.map, self._effective_at)
-            object.__setattr__(self, '_jitted', jax.jit(functools.partial(lax.map, one_by_one)))
-        return self.__dict__['_jitted']
+        # One after the other, and always as many: a polynomial of one alone was rounded otherwise.
+        one_by_one = functools.partial(lax.map, self._effective_at)
+        return jax.jit(functools.partial(lax.map, one_by_one))
 
 
 def _host_device():

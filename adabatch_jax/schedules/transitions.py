@@ -52,14 +52,14 @@ def transition_at(transitions: tuple[Transition, ...], examples_seen: int) -> Tr
 
 def grow(batch_size: int, factor: float, max_size: int = 0) -> int:
     """``floor(factor * batch_size)`` in exact arithmetic, at most ``max_size`` unless that is 0."""
+    if factor <= 1:
+        raise ValueError(f'growth_factor: got {factor}; needs a number above 1')
     grown = math.floor(Fraction(str(factor)) * batch_size)
     return min(grown, max_size) if max_size else grown
 
 
 def ladder(base_size: int, factor: float, max_size: int) -> tuple[int, ...]:
     """The finite set of batch sizes that growth by ``factor`` from ``base_size`` can reach."""
-    if factor <= 1:
-        raise ValueError(f'growth_factor: got {factor}; needs a number above 1')
     rungs = [base_size]
     while (rung := grow(rungs[-1], factor, max_size)) > rungs[-1]:
         rungs.append(rung)
@@ -80,8 +80,6 @@ def grow_at(
     clock: Clock, base_size: int, factor: float, events: Iterable[int], max_size: int = 0
 ) -> tuple[Transition, ...]:
     """A batch that grows by ``factor`` at each of the positions ``events``, until ``max_size``."""
-    if factor <= 1:
-        raise ValueError(f'growth_factor: got {factor}; needs a number above 1')
     transitions = [Transition(0, base_size, f'starts with batch size {base_size}')]
     for event in events:
         size = transitions[-1].batch_size
