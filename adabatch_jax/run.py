@@ -54,6 +54,7 @@ class Run:
         self.state: train_state.TrainState = state
         self.host = host
         self.step = int(state.step)  # updates dispatched
+        # After the last update, and before it: what it has passed is due.
         self.examples_seen = self.previous = int(state.examples_seen)
         self.began = began  # by ``time.perf_counter``, had nothing come between
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
@@ -136,7 +137,7 @@ class Run:
         if policy.probe_examples:
             self.probed = agreed(lambda: policy.probes(self.host.policy, self.examples_seen))
         if self.probed:
-            with self.paused(), self.timed('probe'):
+            with self.paused('probe'):
                 probing.probe(self, self.probed)
             self.probed = ()
 
@@ -197,7 +198,7 @@ class Run:
         """
         updates = self.ahead()
         if len(updates) not in self.stream.steps:  # so few were not expected
-            with self.paused(), self.timed('stall'):
+            with self.paused('stall'):
                 self.host.seconds['compile'] += self.stream.compile(len(updates))
         rates = [self.learning_rate(update) for update in updates]
         given = [GROWN if self.has_grown else 1.0] if self.searches and self.step else rates
@@ -288,24 +289,24 @@ class Run:
     # ------------------------------------------------------------------- between the updates
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Lets the updates in flight end, and keeps what follows out of the training time."""
+    def paused(self, what: str) -> Iterator[None]:
+        """Lets the updates in flight end, and counts the seconds of what follows as ``what``."""
         flight, self.in_flight = self.in_flight, None
         self.observe(flight)
         self.host.seconds['train'] += time.perf_counter() - self.mark  # to take them in, and to log them
-        yield
+        with self.timed(what):
+            yield
         self.mark = time.perf_counter()
 
     def enter_stage(self) -> None:
         """Switches to the batch size of the next update: its compiled steps and its batches."""
         update, new = self.upcoming, self.changes_stage
-        with self.paused():
+        with self.paused('stall'):
             if new:
                 self.write_window()
             began = time.perf_counter()
             self.stream = self.streams.take(update)
             stall_seconds = time.perf_counter() - began
-            self.host.seconds['stall'] += stall_seconds
             if update.batch_size != self.host.batch_size:
                 self.host.keep_transition(self.examples_seen, update.batch_size, self.decision.reason)
             self.has_grown = update.batch_size > self.host.batch_size
@@ -339,9 +340,9 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
-        with self.paused(), self.timed('log'):
+        with self.paused('log'):
             self.write_window()
-        with self.paused(), self.timed('evaluation'):
+        with self.paused('evaluation'):
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
             self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
             is_best = result['accuracy'] > self.host.best_accuracy
@@ -363,7 +364,7 @@ class Run:
 
     def save(self) -> None:
         """Begins to save a checkpoint; training goes on while it is written."""
-        with self.paused(), self.timed('checkpoint'):
+        with self.paused('checkpoint'):
             evaluated = self.host.evaluation is not None and self.host.evaluation['step'] == self.step
             accuracy = self.host.evaluation['accuracy'] if evaluated else None
             try:

@@ -165,7 +165,7 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
             )
 
 
-def loop(run: Run, stop: threading.Event | None = None, reason: str = '') -> dict[str, Any]:
+def loop(run: Run, stop: threading.Event | None, reason: str) -> dict[str, Any]:
     """Trains from where a run is to its end; arguments, result and exceptions are those of ``train``."""
     config = run.experiment.config
     if run.is_undecided:
