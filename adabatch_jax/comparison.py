@@ -291,9 +291,13 @@ def stage_rows(records: list[Record]) -> list[Record]:
     stages, rows = [entered[stage] for stage in sorted(entered)], []
     if not stages:
         return rows
+    trained: dict[int, list[Record]] = {}
+    for record in records:
+        if record['kind'] == 'train':
+            trained.setdefault(record['stage'], []).append(record)
     end = max(records, key=lambda r: r['step'])
     for stage, following in zip(stages, [*stages[1:], end], strict=True):
-        train = [r for r in records if r['kind'] == 'train' and r['stage'] == stage['stage']]
+        train = trained.get(stage['stage'], [])
         speeds = [r['examples_per_second'] for r in train if r['examples_per_second']]
         rows.append(
             stage

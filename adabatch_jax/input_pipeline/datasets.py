@@ -81,7 +81,7 @@ def _synthetic_source(dataset, seed: int) -> Source:
         coarse = -(-side // 4)
         patterns = np.random.default_rng(seed).normal(size=(num_classes, coarse, coarse, 3))
         labels = rng.integers(num_classes, size=count, dtype=np.int32)
-        images = patterns.repeat(4, 1).repeat(4, 2)[labels, : shape[0], : shape[1]]
+        images = patterns[labels].repeat(4, 1).repeat(4, 2)[:, :side, :side]
         images = 128 + 32 * (images + rng.normal(size=(count, *shape)))
         return np.clip(images, 0, 255).astype(np.uint8), labels
 

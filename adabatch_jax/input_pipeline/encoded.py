@@ -102,7 +102,7 @@ def image_folder_split(folder: pathlib.Path, classes: tuple[str, ...]) -> Encode
 @functools.lru_cache(maxsize=4)
 def _list_images(folder, found, classes, changed) -> EncodedSplit:
     """``changed``: when each class folder was changed last, so that a new listing is made then."""
-    paths, labels = [], []
+    paths, labels, numbers = [], [], {name: number for number, name in enumerate(classes)}
     for name in found:
         images = sorted(
             entry.path
@@ -115,7 +115,7 @@ def _list_images(folder, found, classes, changed) -> EncodedSplit:
                 'or remove it'
             )
         paths += images
-        labels += [classes.index(name)] * len(images)
+        labels += [numbers[name]] * len(images)
     order = np.random.default_rng(0).permutation(len(paths))
     zeros = np.zeros(len(paths), np.int64)
     return EncodedSplit(
