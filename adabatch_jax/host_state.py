@@ -14,11 +14,13 @@ SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 class HostState:
     """The part of a run that the training loop keeps on the host, in JSON types.
 
+    ``upcoming`` and the seconds of ``wall`` are of the checkpoint that it came from: ``Run.host_state``
+    brings them up to date for the next, and adds the largest microbatch, ``max_per_device``.
+
     Attributes:
       schedule: keys and values of the config that a run may be continued with others of.
       policy: the policy's state.
       ladder: the policy's, to which its state belongs.
-      max_per_device: the largest microbatch in use.
       devices: how many, and what they are.
       upcoming: the next update, None where there is none: ``start``, ``batch_size``, and the ``reason``,
         ``inputs`` and ``gain`` of the decision. It was decided one observation behind, and a continued
@@ -45,7 +47,6 @@ class HostState:
     schedule: dict[str, Any]
     policy: dict[str, Any]
     ladder: list[int] = dataclasses.field(default_factory=list)
-    max_per_device: int = 0
     devices: str = ''
     upcoming: dict[str, Any] | None = None
     stage: int = -1

@@ -99,10 +99,10 @@ def put_split(batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def put_ahead(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:
-    """Puts batches on the devices ``depth`` ahead of their use."""
+def put_ahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """Puts batches on the devices two ahead of their use."""
     batches = iter(batches)
-    queue = collections.deque(map(put, itertools.islice(batches, depth)))
+    queue = collections.deque(map(put, itertools.islice(batches, 2)))
     while queue:
         yield queue.popleft()
         queue.extend(map(put, itertools.islice(batches, 1)))

@@ -183,11 +183,11 @@ def flatten(x):
 class Classifier(nn.Module):
     """Linear layer to the classes, in float32 whatever the activations are.
 
-    ``init`` of kernel and bias; PyTorch's default where it is None.
+    ``kernel_init`` and ``bias_init``: PyTorch's default where they are None.
     """
 
     num_classes: int
-    init: Callable | None = None
+    kernel_init: Callable | None = None
     bias_init: Callable | None = None
 
     @nn.compact
@@ -195,7 +195,7 @@ class Classifier(nn.Module):
         default = torch_uniform(x.shape[-1])
         return nn.Dense(
             self.num_classes,
-            kernel_init=self.init or default,
+            kernel_init=self.kernel_init or default,
             bias_init=self.bias_init or default,
             dtype=jnp.float32,
             precision='highest',  # or an accelerator would round to less
