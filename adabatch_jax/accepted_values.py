@@ -77,7 +77,6 @@ _ABOVE_ONE = ('batch.growth_factor', 'batch.update_growth_factor', 'optimizer.sv
 CHOICES = {
     'model.loss': ('cross_entropy', 'squared', 'hinge'),
     'model.dtype': ('float32', 'bfloat16'),
-    'dataset.augment': ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop'),
     'dataset.remainder': ('carry', 'drop'),
     'dataset.pipeline': ('auto', 'tf_data', 'device'),
     'learning_rate.rule': ('schedule', 'armijo', 'barzilai_borwein'),

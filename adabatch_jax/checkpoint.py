@@ -36,7 +36,7 @@ class Damaged(ValueError):
 
 
 class SaveFailed(OSError):
-    """The last checkpoint could not be saved, for example because the disk is full."""
+    """The end of a run could not be saved, for example because the disk is full."""
 
 
 class Checkpointer:

@@ -67,9 +67,9 @@ def evaluate_checkpoint(
       ConfigError: no run there, or no data.
     """
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
-    run = describe(config, num_devices=1)  # the batches of training need not fit these devices
+    experiment = describe(config, num_devices=1)  # the batches of training need not fit these devices
     folder = pathlib.Path(workdir, checkpoint.FOLDER).expanduser()
-    state = run.initial_state()
+    state = experiment.initial_state()
 
     def read():
         nonlocal state
@@ -78,9 +78,12 @@ def evaluate_checkpoint(
 
     distributed.from_first(read)
     state = distributed.replicate(distributed.share(state))
-    with contextlib.closing(run.open_pipeline()) as pipeline, user_errors('config.dataset', DATA_ERRORS):
-        result = evaluate(state, run.eval_spec, pipeline)
-    epoch = run.clock.epoch(int(state.examples_seen))
+    with (
+        contextlib.closing(experiment.open_pipeline()) as pipeline,
+        user_errors('config.dataset', DATA_ERRORS),
+    ):
+        result = evaluate(state, experiment.eval_spec, pipeline)
+    epoch = experiment.clock.epoch(int(state.examples_seen))
     return {
         'step': int(state.step),
         'epoch': epoch,

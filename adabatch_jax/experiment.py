@@ -293,7 +293,7 @@ def describe(
     policy = _policy(config, rate, clock)
     is_measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     statistics = policy.statistics or ('norms' if is_measured else '')
-    note = f'{policy.note} {policies.control(config, policy, coupling)}'.strip()
+    note = f'{policy.note} {policies.control(config, policy)}'.strip()
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
     plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
@@ -312,8 +312,20 @@ def describe(
     is_reduced = config.optimizer.name in optimizers.REDUCED
     with user_errors('config.dataset'):
         load = input_pipeline.load_on_device(config, info, needed=is_reduced)
-    parts = (info, clock, rate, policy, plan, model, has_batch_norm, optimizer, load, statistics, note)
-    experiment = Experiment(config, *parts)
+    experiment = Experiment(
+        config=config,
+        info=info,
+        clock=clock,
+        learning_rate=rate,
+        policy=policy,
+        plan=plan,
+        model=model,
+        has_batch_norm=has_batch_norm,
+        optimizer=optimizer,
+        load=load,
+        statistics=statistics,
+        note=note,
+    )
     return reducing.reduced(experiment) if is_reduced else experiment
 
 

@@ -16,9 +16,11 @@ Gaussian noise::
     Var(S)  = 2 tr(Sigma^2) / (n - 1)
     Var(G2) = 4 G' Sigma G / B + 2 tr(Sigma^2) / (n (n - 1) b^2)
 
-so that G2 is the noisy one and may be negative: average the two apart, then divide. Take them before
-clipping, weight decay and momentum. Groups must be of one size. BatchNorm over a group makes its
-gradient that of an objective which depends on b; keep b as it is where batch sizes are compared.
+so that G2 is the noisy one and may be negative: average the two apart, then divide. S is a difference
+of squares in float32: below about 1e-7 B |G|^2, as where variance reduction leaves hardly any noise, it
+is rounding. Take them before clipping, weight decay and momentum. Groups must be of one size. BatchNorm
+over a group makes its gradient that of an objective which depends on b; keep b as it is where batch
+sizes are compared.
 
 Inside a training step of your own::
 

@@ -54,7 +54,7 @@ class CompiledStep:
 MOST_STEPS = 16  # that are kept
 # With them XLA's CPU backend compiles a small network in half the time. It makes machine code of a
 # fusion without MLIR, a whole context of which it would set up for each; newer versions cannot any more.
-# And LLVM does not unroll loops. Steps were seen from as fast as before to a seventh slower.
+# And LLVM does not unroll loops. Steps were seen from as fast as before to an eighth slower.
 _QUICK = {'xla_cpu_use_fusion_emitters': False, 'xla_backend_optimization_level': 1}
 
 
