@@ -492,8 +492,9 @@ def test_an_optimizer_without_a_learning_rate_to_set_is_refused_and_optax_has_a_
     chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
 
 
-def test_a_batch_that_comes_in_parts_gives_the_update_of_the_whole():
-    whole = make_spec(batch_size=32, num_microbatches=4, momentum=0.9)
+@pytest.mark.parametrize('model', [Softmax(), Dropped()], ids=['softmax', 'dropout'])
+def test_a_batch_that_comes_in_parts_gives_the_update_of_the_whole(model):
+    whole = make_spec(model, batch_size=32, num_microbatches=4, momentum=0.9)
     in_parts = dataclasses.replace(whole, num_parts=2)
     batch = make_batch(32)
     parts = [
