@@ -147,6 +147,19 @@ def test_other_features_are_refused_by_the_plan(tmp_path, name):
         input_pipeline.dataset_info(dataset_config(tmp_path, name=name))
 
 
+@pytest.mark.parametrize(
+    'channels, mean, std',
+    [(3, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), (1, (255 * 0.449,), (255 * 0.226,))],
+)
+def test_photographs_have_the_moments_of_imagenet_and_gray_ones_the_means_of_these(
+    tmp_path, channels, mean, std
+):
+    features = write_records(tmp_path, (2,)) / 'features.json'
+    features.write_text(features.read_text().replace('"3"]', f'"{channels}"]'))
+    info = input_pipeline.dataset_info(dataset_config(tmp_path, name='pictures', eval_split='train'))
+    assert (info.mean, info.std) == (pytest.approx(mean), pytest.approx(std))
+
+
 def test_imagenet_can_be_planned_without_its_data_and_says_how_to_get_it(tmp_path):
     dataset = dataset_config(tmp_path, name='imagenet2012', eval_split='validation', image_size=0)
     info = input_pipeline.dataset_info(dataset)
