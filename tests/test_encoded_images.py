@@ -185,6 +185,35 @@ def test_random_windows_cover_the_range_of_areas_and_aspects(folder):
     assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.34
 
 
+def test_crops_are_mirrored_where_their_last_draw_says(folder):
+    for k, file in enumerate((folder / 'train').glob('*/*')):
+        pixels = np.random.default_rng(k).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        file.write_bytes(tf.io.encode_png(pixels).numpy())
+    (augmented,) = take(make_pipeline(folder, **{'dataset.min_crop_area': 1.0}), 0, 30, 1)
+    whole = make_pipeline(folder, **{'dataset.augment': 'none', 'dataset.eval_resize': SIDE})
+    (plain,) = take(whole, 0, 30, 1)
+    examples, epochs = order.examples_at(0, 15, 0, 30)
+    mirrored = order.random_bits(0, epochs, examples, 23)[:, -1] >= 2**31
+    expected = np.where(mirrored[:, None, None, None], plain['image'][:, :, ::-1], plain['image'])
+    np.testing.assert_array_equal(augmented['image'], expected)
+    assert 5 < mirrored.sum() < 25
+
+
+def test_images_are_made_smaller_by_weights_of_a_triangle_and_rounded(folder):
+    pixels = np.zeros((2 * SIDE, 2 * SIDE, 3), np.uint8)
+    pixels[:, 6] = 255
+    for file in (folder / 'val').glob('*/*'):
+        file.write_bytes(tf.io.encode_png(pixels).numpy())
+    (batch,) = make_pipeline(folder, **{'dataset.eval_resize': SIDE}).eval_batches(6)
+    row = np.array([0, 0, 32, 96, 0, 0, 0, 0])  # an eighth of 255, and three eighths
+    np.testing.assert_array_equal(batch['image'], np.broadcast_to(row[:, None], (6, SIDE, SIDE, 3)))
+
+
+def test_evaluation_takes_224_of_256_pixels_where_no_size_is_asked_for(folder):
+    window = make_pipeline(folder)._central_window(None, 256, 320)
+    assert [int(value) for value in window] == [16, 48, 224, 224]
+
+
 def test_evaluation_takes_the_centre_as_resizing_and_cropping_would(folder):
     """A picture as large as the crop is asked to be: only cropped, so its pixels can be compared."""
     where = folder / 'val' / 'cat'
@@ -251,6 +280,13 @@ def test_folders_that_do_not_fit_are_refused_by_name(folder, break_it, message):
 def test_settings_that_do_not_fit_the_data_are_refused(folder, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         input_pipeline.dataset_info(dataset_config(folder, **changes))
+
+
+def test_hidden_files_and_folders_are_no_examples_and_no_classes(folder):
+    (folder / 'train' / 'cat' / '._0.JPEG').write_bytes(b'of an archive made on a Mac')
+    (folder / 'train' / '.cache').mkdir()
+    info = input_pipeline.dataset_info(dataset_config(folder))
+    assert (info.num_train, info.num_classes) == (15, 3)
 
 
 def test_an_image_added_to_a_folder_is_seen_by_the_next_run(folder):
