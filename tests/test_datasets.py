@@ -106,15 +106,17 @@ def test_cifar_has_the_moments_of_the_official_code_of_adabatch(tmp_path, name):
     assert info.std == pytest.approx(255 * np.array([0.2023, 0.1994, 0.2010]))
 
 
-def test_splits_that_are_made_have_the_same_classes_and_other_examples():
+def test_splits_that_are_made_have_the_same_classes_and_other_examples_and_a_seed_its_own():
     config = default_config()
     config.dataset.update(dict(name='synthetic', num_examples=400, num_classes=4, image_size=8))
-    splits = [datasets.load_split(config.dataset, split, seed=3) for split in ('train', 'test')]
-    train, test = (
+    wanted = (('train', 3), ('test', 3), ('train', 4))
+    splits = [datasets.load_split(config.dataset, split, seed) for split, seed in wanted]
+    train, test, other = (
         np.stack([images[labels == k].mean(0) for k in range(4)]) for images, labels in splits
     )
     # Means of about 100 examples with noise of 32 differ by 3.6 on average, those of classes by 36.
     assert 2 < np.abs(train - test).mean() < 6 < 20 < np.abs(train - test[::-1]).mean()
+    assert np.abs(train - other).mean() > 20 and (splits[0][1] != splits[2][1]).any()
 
 
 @pytest.fixture
@@ -236,6 +238,22 @@ def test_npz_folder_gives_its_shape_moments_and_images(tmp_path):
     loaded = datasets.load_split(npz_config(tmp_path), 'test[:5]')
     np.testing.assert_array_equal(loaded[0], images[:5])
     np.testing.assert_array_equal(loaded[1], labels[:5])
+
+
+def test_npz_has_the_moments_and_classes_of_its_training_images(tmp_path):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    images[::2] = 10
+    save_npz(tmp_path, images=images, labels=np.arange(4))
+    np.savez(tmp_path / 'test.npz', images=0 * images, labels=np.zeros(4, int))
+    info = input_pipeline.dataset_info(npz_config(tmp_path))
+    assert (info.num_classes, info.mean, info.std) == (4, (5.0,), (5.0,))
+
+
+def test_a_channel_of_one_value_is_divided_by_a_thousandth(tmp_path):
+    images = np.full((4, 8, 8, 2), 9, np.uint8)
+    images[::2, ..., 0] = 7
+    save_npz(tmp_path, images=images, labels=np.arange(4))
+    assert input_pipeline.dataset_info(npz_config(tmp_path)).std == pytest.approx((1.0, 1e-3))
 
 
 def test_moments_are_exact_in_parts_and_of_images_of_one_value(monkeypatch):
