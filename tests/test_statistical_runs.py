@@ -71,6 +71,11 @@ def test_a_finished_run_replays_to_the_same_weights(decided, tmp_path):
     assert [s['microbatch_size'] for s in replayed] == [s['microbatch_size'] for s in stages]
 
 
+def test_a_schedule_tells_the_largest_microbatch_of_its_run(decided):
+    schedule = json.loads((decided[0] / 'schedule.json').read_text())
+    assert schedule['max_per_device'] == train.plan(tiny(**CONFIG)).largest_microbatch > 0
+
+
 def test_a_schedule_that_is_none_or_of_other_data_is_a_mistake(decided, tmp_path):
     replay = {'batch.policy': 'replay', 'batch.replay': str(tmp_path)}
     with pytest.raises(ConfigError, match=r'config.batch.replay: got .*; accepted: the work directory'):
