@@ -327,6 +327,8 @@ def run(values: flags.FlagValues) -> int:
             except train.Diverged as reason:
                 terminal.complain(f'error: {reason}')
                 return 3
+            except train.SaveFailed as reason:
+                raise ConfigError(f'--run: {reason}; make room, or set TMPDIR') from reason
             stages = [r for r in metrics.read_records(directory) if r['kind'] == 'stage']
         result |= {'summary': summary, 'shares': shares(summary), 'stages': stages}
         terminal.print_shares(result['shares'], summary)

@@ -163,6 +163,16 @@ def test_a_run_tells_where_its_time_went(tmp_path, capsys):
     assert 'Wall time' in capsys.readouterr().out
 
 
+def test_a_run_that_could_not_be_saved_is_told_in_a_line(monkeypatch, capsys):
+    def full(config, directory):
+        raise train.SaveFailed('no room for the checkpoint')
+
+    monkeypatch.setattr(train, 'train', full)
+    assert benchmark.main(['benchmark', f'--config={CONFIG}', '--run']) == 2
+    told = 'error: --run: no room for the checkpoint; make room, or set TMPDIR\n'
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
