@@ -1,13 +1,88 @@
-"""Runs put together: of which seeds, and how far."""
+"""Runs put together: of which seeds, how far, and what tells groups apart."""
 
 import json
 
 import numpy as np
 import pytest
-from test_report import analyzed, write_run
+from made_up_runs import analyzed, control_and_adaptive, write_run
 
 from adabatch_jax import comparison, report, workdir
-from adabatch_jax.config import ConfigError
+from adabatch_jax.config import ConfigError, default_config, resolve, to_json
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return control_and_adaptive(tmp_path)
+
+
+def test_seeds_of_a_config_are_one_group_named_by_what_differs(runs):
+    groups = comparison.group([comparison.read_run(folder) for folder in runs])
+    assert [(g.label, len(g.runs)) for g in groups] == [('fixed', 2), ('adabatch', 3)]
+
+
+def test_how_a_run_was_carried_out_makes_no_group_of_its_own(tmp_path):
+    folders = [write_run(tmp_path / str(k), seed=k) for k in range(2)]
+    for k, folder in enumerate(folders):
+        config = json.loads((folder / 'config.json').read_text())
+        config['compile'], config['dataset'] = {'cache_dir': str(k)}, {'data_dir': str(k)}
+        (folder / 'config.json').write_text(json.dumps(config))
+    assert len(comparison.group([comparison.read_run(folder) for folder in folders])) == 1
+
+
+def test_other_data_are_no_other_seed(tmp_path):
+    folders = [write_run(tmp_path / str(k), seed=k) for k in range(2)]
+    for name, groups in (('cifar10', 1), ('npz', 2)):
+        for k, folder in enumerate(folders):
+            config = json.loads((folder / 'config.json').read_text())
+            config['dataset'] = {'name': name, 'data_dir': str(k)}
+            (folder / 'config.json').write_text(json.dumps(config))
+        assert len(comparison.group([comparison.read_run(folder) for folder in folders])) == groups
+
+
+def test_labels_leave_out_the_settings_of_other_optimizers(tmp_path):
+    for name, changes in {
+        'a': {'optimizer.name': 'sgd'},
+        'b': {'optimizer.name': 'svrg', 'optimizer.svrg.first_size': 64},
+        'c': {'optimizer.name': 'dynasaga', 'optimizer.saga.first_size': 8},
+    }.items():
+        config = default_config()
+        config.update_from_flattened_dict(changes)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(to_json(config))
+        (tmp_path / name / 'metrics.jsonl').write_text('')
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'abc'])
+    assert [group.label for group in groups] == ['sgd', 'svrg, first size 64', 'dynasaga, first size 8']
+
+
+def test_labels_leave_out_what_follows_from_another_setting(tmp_path):
+    for name, changes in {
+        'a': {},
+        'b': {'batch.policy': 'adabatch', 'batch.max_size': 2048, 'batch.growth_epochs': 5.0},
+    }.items():
+        config = default_config()
+        config.update_from_flattened_dict({'batch.policy': 'fixed', **changes})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(to_json(resolve(config)))
+        (tmp_path / name / 'metrics.jsonl').write_text('')
+    labels = [g.label for g in comparison.group([comparison.read_run(tmp_path / name) for name in 'ab'])]
+    assert labels[1] == 'adabatch, growth epochs 5.0, max size 2048'
+
+
+def test_curves_are_means_over_seeds_with_their_range(runs):
+    _, adaptive = comparison.group([comparison.read_run(folder) for folder in runs])
+    x, mean, low, high = adaptive.curve('eval', 'epoch', 'error')
+    np.testing.assert_allclose(x, [1, 2])
+    np.testing.assert_allclose(mean, [1 - 0.455, 1 - 0.91])
+    np.testing.assert_allclose(low, [1 - 0.46, 1 - 0.92])
+    np.testing.assert_allclose(high, [1 - 0.45, 1 - 0.90])
+    x, mean, *_ = adaptive.curve('eval', 'time', 'error')  # from 5, 6, 7 to 10, 12, 14 seconds
+    np.testing.assert_allclose(x, [6, 12])
+    np.testing.assert_allclose(mean, [1 - 0.455, 1 - 0.91])  # no seed's end is lost
+
+
+def test_the_noise_scale_is_left_out_where_it_was_estimated_as_negative(runs):
+    run = comparison.read_run(runs[-1])
+    np.testing.assert_allclose(run.curve('train', 'epoch', 'noise_scale'), [[2.0], [15.0]])
 
 
 def test_a_mean_curve_ends_where_the_shortest_run_does(tmp_path):
