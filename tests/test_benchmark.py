@@ -4,7 +4,10 @@ import json
 import math
 import pathlib
 import time
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_train import tiny
 
@@ -85,6 +88,47 @@ def test_a_control_is_predicted_from_the_step_of_policy_fixed(tmp_path, capsys):
     assert (own['batch_size'], own['microbatch_size'], own['num_microbatches']) == (8, 4, 1)
     assert result['predicted_seconds']['fixed'] == pytest.approx(2 * 128 // 8 * own['step_seconds'])
     assert 'fixed: with a step of its own' in capsys.readouterr().out
+
+
+def test_measured_seconds_are_those_of_an_update(monkeypatch):
+    """Where every call takes one: a pass has a part of the batch, the step makes several updates."""
+    monkeypatch.setattr(timing, 'enough_calls', lambda call: 1)
+    monkeypatch.setattr(timing, 'seconds_of_a_call', lambda call, calls: 1.0)
+    bench = object.__new__(timing.Bench)
+    bench.batch_size, bench.num_updates, bench.num_parts, bench.split = 12, 4, 3, (2, 6)
+    bench.seconds, bench.calls = {}, {}
+    bench.cold = types.SimpleNamespace(compile_seconds=5.0)
+    bench.step = types.SimpleNamespace(compile_seconds=0.5, cache_hit=True, memory_bytes=9)
+    bench.measure(None, real=True)
+    assert bench.finish() == timing.Measured(
+        batch_size=12,
+        microbatch_size=2,
+        num_microbatches=6,
+        updates_per_dispatch=4,
+        compile_seconds=5.0,
+        cached_compile_seconds=0.5,
+        cache_hit=True,
+        memory_bytes=9,
+        forward_seconds=3.0,
+        gradient_seconds=3.0,
+        step_seconds=0.25,
+        images_per_second=48.0,
+        input_images_per_second=48.0,
+    )
+
+
+def test_the_seconds_of_a_call_are_the_mean_of_those_that_were_made(monkeypatch):
+    monkeypatch.setattr(timing, 'time', types.SimpleNamespace(perf_counter=iter([1.0, 7.0]).__next__))
+    assert timing.seconds_of_a_call(lambda: jnp.zeros(()), 3) == 2.0
+
+
+def test_each_device_adds_up_an_array_of_the_bytes_that_are_asked_for(monkeypatch):
+    def bytes_of_a_device(call, calls):
+        return call().nbytes / jax.device_count()
+
+    monkeypatch.setattr(timing, 'enough_calls', lambda call: 1)
+    monkeypatch.setattr(timing, 'seconds_of_a_call', bytes_of_a_device)
+    assert timing.all_reduce_seconds([64, 256], 1) == {64: 64, 256: 256}
 
 
 def test_shares_of_the_wall_time_add_up():
