@@ -218,6 +218,24 @@ def test_one_device_needs_to_be_told_of_the_network(monkeypatch):
     assert network == scaling.Network(pytest.approx(5e-6), pytest.approx(1e-10)) and not seconds
 
 
+def test_what_is_told_of_the_network_is_taken_and_the_rest_is_measured(monkeypatch):
+    there = scaling.Network(3e-4, 2e-9)
+    monkeypatch.setattr(
+        benchmark.timing,
+        'all_reduce_seconds',
+        lambda sizes, _: {n: there.all_reduce(2, n) for n in sizes},
+    )
+    for told, expected in (
+        ([], (3e-4, 2e-9)),
+        (['--latency_us=5'], (5e-6, 2e-9)),
+        (['--gigabytes_per_second=10'], (3e-4, 1e-10)),
+    ):
+        values = benchmark.define_flags([])
+        values(['benchmark', '--scaling', *told])
+        network, seconds = benchmark.network(values, 1000)
+        assert dataclasses.astuple(network) == pytest.approx(expected) and 1000 in seconds
+
+
 def test_the_largest_share_of_a_batch_decides_how_long_an_update_takes():
     assert model(fixed=0.0).update(10, 4) == pytest.approx(0.3)  # shares of 3, 3, 2 and 2
 
