@@ -25,6 +25,15 @@ def test_the_comparison_is_with_the_first_group(runs):
     assert adaptive['batch_sizes'] == (10, 50)
 
 
+def test_the_table_has_seconds_of_training_and_two_speed_ups(tmp_path):
+    write_run(tmp_path / 'a', accuracy=0.5)
+    file = write_run(tmp_path / 'b', 'adabatch', accuracy=0.75, seconds=5.0) / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"wall_seconds": 15.0', '"wall_seconds": 60.0'))
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'ab'])
+    row = report.comparison_table(groups).rows[1]
+    assert row[4:] == ('20', '75.00', '+25.00', '5', '10.0', '2.00', '0.50')
+
+
 def test_stages_are_told_with_compilation_and_stall(runs):
     rows = comparison.stage_rows(comparison.read_run(runs[-1]).records)
     assert [(r['batch_size'], r['updates'], r['end_epoch']) for r in rows] == [
@@ -103,6 +112,21 @@ def test_what_happened_to_a_run_is_among_the_notes(tmp_path, capsys):
     assert not any('begins' in line for line in lines)
 
 
+def test_a_session_that_went_on_as_another_run_is_among_the_notes():
+    reasons = (
+        'continues; schedule changed: num_epochs (1 before, 2 now)',
+        'the loss of update 20 is nan: effective learning rate x 0.25',
+        'update 20: out of memory; microbatches of at most 5 examples',
+    )
+    sessions = [
+        {'kind': 'session', 'epoch': 2.0, 'reason': reason}
+        for reason in ('begins', *reasons, 'continues')
+    ]
+    group = comparison.Group('run', (comparison.Run('run', {}, sessions, ()),))
+    told = [f'run: epoch 2: {reason}' for reason in reasons]
+    assert report.notes([group]) == ['run: not finished, at epoch 2', *told]
+
+
 def test_runs_of_one_seed_are_told_since_they_are_not_independent(tmp_path, capsys):
     folders = [write_run(tmp_path / f'{k}', seed=seed) for k, seed in enumerate((0, 1, 0))]
     assert report.main(['report', *map(str, folders), f'--out={tmp_path / "page.html"}']) == 0
@@ -113,10 +137,12 @@ def test_runs_of_one_seed_are_told_since_they_are_not_independent(tmp_path, caps
 def test_a_benchmark_adds_the_table_of_passes(runs, tmp_path):
     rows = [{'batch_size': 10, 'forward': 1.0, 'backward': 1.0, 'both': 1.0}]
     rows.append({'batch_size': 20, 'forward': 1.5, 'backward': None, 'both': 2.0})
-    result = {'relative_epochs': rows, 'num_devices': 1, 'device': 'cpu', 'versions': {'jax': '1'}}
+    result = {'relative_epochs': rows, 'num_devices': 1, 'device': 'cpu'}
+    result['versions'] = {'numpy': '2', 'jax': '1'}
     (tmp_path / 'b.json').write_text(json.dumps(result))
     page = report.page([str(runs[0])], str(tmp_path / 'b.json'))
     assert page.tables[1].rows == [('10', '1.00', '1.00', '1.00'), ('20', '1.50', '-', '2.00')]
+    assert page.tables[1].note == 'Measured on 1 x cpu, jax 1, apart from these runs.'
 
 
 def test_broken_lines_and_runs_in_progress_are_told_and_the_rest_is_shown(runs, tmp_path, capsys):
