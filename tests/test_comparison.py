@@ -25,8 +25,16 @@ def test_how_a_run_was_carried_out_makes_no_group_of_its_own(tmp_path):
     for k, folder in enumerate(folders):
         config = json.loads((folder / 'config.json').read_text())
         config['compile'], config['dataset'] = {'cache_dir': str(k)}, {'data_dir': str(k)}
+        config['log_every_steps'] = 1 + k
         (folder / 'config.json').write_text(json.dumps(config))
     assert len(comparison.group([comparison.read_run(folder) for folder in folders])) == 1
+
+
+def test_runs_of_which_nothing_is_known_are_no_seeds_of_one_another(tmp_path):
+    for name in 'ab':
+        (write_run(tmp_path / name) / 'config.json').unlink()
+    groups = comparison.group([comparison.read_run(tmp_path / name) for name in 'ab'])
+    assert [group.label for group in groups] == ['a', 'b']
 
 
 def test_other_data_are_no_other_seed(tmp_path):
