@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import json
+import threading
 import types
 
 import jax
@@ -173,6 +174,24 @@ def test_hits_and_misses_are_counted_over_all_threads():
     hits, misses = (b - a for a, b in zip(before, compilation_cache.totals(), strict=True))
     assert not first.cache_hit and misses > 0
     assert second.cache_hit == (hits > 0)
+
+
+def test_a_step_of_which_anything_had_to_be_compiled_is_no_hit(monkeypatch):
+    """Two hits of its parts with a miss, two hits without, and none where nothing was looked for."""
+    counts = iter([(0, 0), (2, 1), (2, 1), (4, 1), (4, 1), (4, 1)])
+    monkeypatch.setattr(compilation_cache, 'counts', counts.__next__)
+    executable = types.SimpleNamespace(memory_analysis=lambda: None)
+    monkeypatch.setattr(compiled, '_compile_spec', lambda spec: executable)
+    assert [steps.compile_step(None).cache_hit for _ in range(3)] == [False, True, False]
+
+
+def test_a_step_that_is_being_compiled_is_kept_however_many_wait_for_their_turn():
+    go_on = threading.Event()
+    cache = steps.StepCache(lambda spec: go_on.wait(60))
+    first, *_ = (cache.precompile(number) for number in range(compiled.MOST_STEPS + 1))
+    again = cache.precompile(0)
+    go_on.set()
+    assert again is first and cache.num_compiles == compiled.MOST_STEPS + 1
 
 
 def test_without_a_persistent_cache_nothing_is_said_to_come_from_it(tmp_path, monkeypatch, capsys):
