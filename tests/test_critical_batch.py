@@ -1,5 +1,7 @@
 """Branched probing: what it decides, and that the run it branches from does not notice."""
 
+import types
+
 import numpy as np
 import pytest
 from test_statistical_policies import NUM_EXAMPLES, make
@@ -133,6 +135,18 @@ def test_examples_of_probes_are_those_of_all_updates_of_their_branches(tmp_path,
     monkeypatch.setattr(probing, 'branch_losses', counted)
     summary = train.train(tiny(**PROBING), tmp_path)
     assert summary['probe_examples'] == sum(taken) > 0
+
+
+def test_compiling_for_a_branch_counts_as_compiling(monkeypatch):
+    stream = types.SimpleNamespace(compile_seconds=1.5)
+    monkeypatch.setattr(probing, 'open_stream', lambda *_: stream)
+    clock = types.SimpleNamespace(update_at=lambda *_: None, updates=lambda *_: ())
+    host = types.SimpleNamespace(seconds={'compile': 1.0})
+    run = types.SimpleNamespace(
+        experiment=None, pipeline=None, clock=clock, host=host, state={}, examples_seen=0
+    )
+    probing.branch_losses(run, (8, 16), 64)
+    assert host.seconds == {'compile': 1.0 + 2 * 1.5}
 
 
 def test_a_branch_trains_as_a_run_with_its_batch_size_would(tmp_path, monkeypatch):
