@@ -27,7 +27,14 @@ import pytest
 from adabatch_jax import steps
 
 ROOT = pathlib.Path(__file__).parent.parent
-SLOWEST = ('accelerator', 'distributed', 'configs', 'variance_reduction', 'faults', 'damaged_images')
+SLOWEST = (
+    'accelerator',
+    'distributed',
+    'configs',
+    'variance_reduction_runs',
+    'faults',
+    'damaged_images',
+)
 
 
 def pytest_collection_modifyitems(items):
