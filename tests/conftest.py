@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SLOWEST = (
     'accelerator',
     'distributed',
+    'processes',
     'configs',
     'variance_reduction_runs',
     'faults',

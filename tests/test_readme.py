@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_distributed import free_port
+from several_processes import free_port
 
 from adabatch_jax import (
     benchmark,
