@@ -1,6 +1,7 @@
 """Updates whose loss, gradient or weights are not finite: the run stops, skips them or falls back."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from test_train import StopAt, of_kind, tiny
 
 from adabatch_jax import metrics, run, train, train_state
+from adabatch_jax.config import resolve
 
 
 @pytest.fixture
@@ -65,6 +67,20 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(broken_rate, tmp_path):
         train.train(config, tmp_path)
 
 
+def test_updates_that_are_made_end_a_row_of_skipped_ones(broken_rate, tmp_path):
+    broken_rate(4, 6)
+    config = tiny(**{'divergence.action': 'skip', 'divergence.max_skipped': 1, 'num_epochs': 1.0})
+    assert train.train(config, tmp_path)['skipped'] == 2
+
+
+def test_a_test_loss_that_is_not_finite_is_divergence_and_no_best_state(tmp_path, monkeypatch):
+    result = {'loss': math.inf, 'accuracy': 0.9, 'num_examples': 64}
+    monkeypatch.setattr(run, 'evaluate', lambda *_: result)
+    with pytest.raises(train.Diverged, match='test loss inf after update 13, stage 0, batch size 8'):
+        train.train(tiny(num_epochs=1.0), tmp_path)
+    assert int(train_state.restore(tmp_path).step) == 7  # the checkpoint that was due before
+
+
 def test_a_window_of_skipped_updates_alone_has_no_loss(broken_rate, tmp_path):
     broken_rate(4, 5, 6, 7)
     train.train(tiny(**{'divergence.action': 'skip'}), tmp_path)
@@ -94,6 +110,14 @@ def test_falling_back_goes_on_from_the_last_checkpoint_with_a_lower_rate(broken_
     for record in of_kind(tmp_path, 'train'):
         full = 0.02 * 0.75 ** record['stage']
         assert record['learning_rate'] == pytest.approx(full if record['step'] < begun else full / 4)
+
+
+@pytest.mark.parametrize('fall_backs', [0, 1, 2])
+def test_each_time_that_a_run_falls_back_lowers_its_rate_by_the_factor(tmp_path, fall_backs):
+    config = resolve(tiny(**{'divergence.rate_factor': 0.25}))
+    with train.open_run(config, tmp_path, train.Attempt(fall_backs=fall_backs)) as opened:
+        opened.decide()
+        assert opened.learning_rate(opened.upcoming) == pytest.approx(0.02 * 0.25**fall_backs)
 
 
 def test_falling_back_ends_after_so_many_times(tmp_path):
