@@ -134,6 +134,21 @@ def test_an_accelerator_that_does_not_tell_its_memory_asks_for_a_microbatch(monk
         memory.device_bytes()
 
 
+def test_the_memory_of_an_accelerator_is_what_its_allocator_may_take(monkeypatch):
+    stats = {'bytes_limit': 1000, 'bytes_in_use': 7, 'bytes_reserved': 30, 'peak_bytes_in_use': 800}
+    gpu = types.SimpleNamespace(platform='gpu', device_kind='Some GPU', memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, 'local_devices', lambda: [gpu])
+    assert memory.device_bytes() == 1000
+
+
+def test_a_step_may_take_a_part_of_the_memory_of_the_process_that_has_least(monkeypatch):
+    seen = []
+    monkeypatch.setattr(memory, 'device_bytes', lambda: 1000)
+    monkeypatch.setattr(distributed, 'smallest', lambda value: seen.append(value) or 110)
+    described, _ = fit(None)
+    assert seen == [850] and described.plan.largest_microbatch == 1
+
+
 def test_devices_share_what_a_container_allows(monkeypatch):
     limits = {'memory.max': '1001\n', 'memory.limit_in_bytes': 'max\n'}
     monkeypatch.setattr(pathlib.Path, 'read_text', lambda path: limits[path.name])

@@ -9,8 +9,9 @@ import jax
 import pytest
 from test_memory import make_config
 
-from adabatch_jax import experiment, metrics, steps, train
-from adabatch_jax.config import ConfigError
+from adabatch_jax import experiment, memory, metrics, steps, train
+from adabatch_jax.config import ConfigError, resolve
+from adabatch_jax.experiment import describe
 from adabatch_jax.policies import critical_batch
 
 
@@ -105,6 +106,12 @@ def test_a_probe_before_the_first_update_may_run_out_of_memory_as_an_update_may(
     assert cache.failures == 1
     told = [r['reason'] for r in metrics.read_records(tmp_path) if r['kind'] == 'session']
     assert told == ['update 1: out of memory; microbatches of at most 8 examples']
+
+
+def test_a_smaller_microbatch_is_told_from_batches_that_these_devices_can_split():
+    """Others may have trained the 7."""
+    described, error = describe(resolve(make_config())), RuntimeError('RESOURCE_EXHAUSTED')
+    assert memory.smaller_microbatch(error, described, {7, 16}) == 4
 
 
 def test_other_failures_of_a_step_are_not_hidden(tmp_path, monkeypatch):

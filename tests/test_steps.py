@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import chex
 import flax.linen as nn
@@ -194,6 +195,21 @@ def test_memory_of_a_step_grows_with_its_batch():
         for n in (4, 64)
     )
     assert 0 < small < large
+
+
+def test_results_in_the_memory_of_arguments_are_counted_once():
+    told = {'argument_size_in_bytes': 10, 'output_size_in_bytes': 7, 'alias_size_in_bytes': 5}
+    analysis = types.SimpleNamespace(**told, temp_size_in_bytes=3)
+    assert compiled._memory_bytes(types.SimpleNamespace(memory_analysis=lambda: analysis)) == 15
+
+
+@pytest.mark.parametrize('needs', [(1, 2), (2, 1)])
+def test_memory_of_a_step_for_parts_is_that_of_its_larger_half(monkeypatch, needs):
+    needed, half = iter(needs), types.SimpleNamespace(input_shardings=[[None]])
+    monkeypatch.setattr(compiled, '_compile', lambda *_, **__: half)
+    monkeypatch.setattr(compiled, '_memory_bytes', lambda step: next(needed))
+    spec = dataclasses.replace(make_spec(batch_size=32, num_microbatches=4), num_parts=2)
+    assert compiled.AccumulatingStep(spec).memory_bytes == 2
 
 
 def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32():
