@@ -80,6 +80,8 @@ def main(out, port, num_processes, process_id, names):
     processes._BLOCK = 7  # messages are removed from the store again and again
     shared = distributed.share([x if distributed.is_first() else np.zeros_like(x) for x in SHARED])
     np.savez(pathlib.Path(out, f'shared-{process_id}.npz'), *shared)
+    extremes = [processes.smallest(process_id), processes.largest(process_id)]
+    pathlib.Path(out, f'extremes-{process_id}.json').write_text(json.dumps(extremes))
     experiment.PART_BYTES = 4 * 8 * 8 * 3  # a microbatch of four images is a part of a batch
     taken, evaluated = [], []
     update, evaluate, take_in = stream.Stream.update, run.evaluate, run.Run.take_in

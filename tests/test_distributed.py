@@ -96,6 +96,14 @@ def test_shared_arrays_are_those_of_the_first_process_bit_for_bit(runs, layout):
             assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_process_gets_the_smallest_and_the_largest_value_of_all(runs, layout):
+    num_processes = LAYOUTS[layout][0]
+    for k in range(num_processes):
+        extremes = json.loads((runs[layout] / f'extremes-{k}.json').read_text())
+        assert extremes == [0, num_processes - 1]
+
+
 # ------------------------------------------------------------------------ each has its own share
 
 

@@ -80,6 +80,15 @@ def test_a_config_file_that_uses_jax_is_for_one_process(tmp_path):
         assert f'--config: got {str(config)!r}, which uses JAX' in output
 
 
+def test_processes_with_different_numbers_of_devices_are_refused():
+    command = ('-m', 'adabatch_jax.main', *FLAGS, '--mode=plan', '--num_processes=2')
+    command += (f'--coordinator_address=localhost:{free_port()}',)
+    ends = finish([start((*command, f'--process_id={k}'), devices=k + 1) for k in range(2)], timeout=120)
+    for output, status in ends:
+        assert status == 2 and output.count('got processes with [1, 2] devices; accepted: as many') == 1
+        assert 'Traceback' not in output
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
