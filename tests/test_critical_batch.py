@@ -172,7 +172,8 @@ def test_losses_of_weights_that_do_not_move_are_the_same_for_every_batch_size(tm
     monkeypatch.setattr(
         critical_batch, 'tolerated', lambda losses, tolerance: seen.append(losses) or min(losses)
     )
-    wanted |= {'model.batch_norm': 'ghost:2', 'batch.critical_batch.probe_epochs': 0.9}
+    # Of 82 examples the largest batch leaves 18: the others would end elsewhere if they took those.
+    wanted |= {'model.batch_norm': 'ghost:2', 'batch.critical_batch.probe_epochs': 0.82}
     train.train(tiny(**PROBING | wanted | {'batch.statistics.max_rungs': 2}), tmp_path)
     for losses in seen:
         assert losses == pytest.approx(dict.fromkeys((8, 16, 32), losses[8]), rel=1e-5)
