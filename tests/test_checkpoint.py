@@ -1,6 +1,7 @@
 """Checkpoints: what is committed was read back, damage is found, and failures harm nothing."""
 
 import errno
+import hashlib
 import os
 import pathlib
 import shutil
@@ -35,6 +36,12 @@ def test_what_was_saved_is_read_back_bit_for_bit(tmp_path):
     assert host == {'note': 'ü 1', 'accuracy': 0.25}
     np.testing.assert_array_equal(state['params']['w'], STATE['params']['w'])
     assert checkpoint.tree_digest(state) == checkpoint.tree_digest({**STATE, 'step': jnp.int32(1)})
+
+
+def test_the_digest_is_that_of_paths_dtypes_shapes_and_bytes():
+    w, b = np.ones((1, 1), np.float32), np.arange(2, dtype=np.int32)
+    hashed = b'a/b int32 (2,)\n' + b.tobytes() + b'w float32 (1, 1)\n' + w.tobytes()
+    assert checkpoint.tree_digest({'w': w, 'a': {'b': b}}) == hashlib.sha256(hashed).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,8 @@ def test_a_checkpoint_of_other_arrays_is_refused_by_name(tmp_path):
     save(tmp_path, None)
     with pytest.raises(ValueError, match=r'holds float32 \(2, 3\) as params/w, and the run needs float'):
         checkpoint.restore(tmp_path, target={**STATE, 'params': {'w': jnp.zeros((3, 3))}})
+    with pytest.raises(ValueError, match='holds float32 .* as params/w, and the run needs int32'):
+        checkpoint.restore(tmp_path, target={**STATE, 'params': {'w': jnp.zeros((2, 3), jnp.int32)}})
     with pytest.raises(ValueError, match='holds nothing as params/b'):
         checkpoint.restore(tmp_path, target={**STATE, 'params': {**STATE['params'], 'b': jnp.zeros(1)}})
 
@@ -216,6 +225,18 @@ def test_a_save_that_fails_is_reported_and_the_others_stay(tmp_path, monkeypatch
     saver.wait()
     saver.close()
     assert checkpoint.steps(tmp_path) == [1, 3, 5]
+
+
+def test_a_save_goes_where_a_killed_process_had_begun_the_same(tmp_path):
+    (tmp_path / checkpoint.UNFINISHED / '1').mkdir(parents=True)
+    assert save(tmp_path, None) == []
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_old_ones_that_cannot_be_removed_are_no_failure_of_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Checkpointer, '_remove_old', fail_with(errno.EACCES))
+    assert save(tmp_path, None, None, None) == []
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
 
 
 def test_nothing_is_removed_before_the_newer_one_was_read_back(tmp_path, monkeypatch):
