@@ -35,7 +35,7 @@ def test_a_locked_directory_is_refused_and_the_lock_of_a_killed_process_is_not_i
         pass
 
 
-def test_a_directory_that_was_made_for_nothing_is_removed_again(tmp_path):
+def test_a_directory_is_removed_again_where_it_was_made_for_nothing_and_else_keeps_its_lock(tmp_path):
     with workdir.locked(tmp_path / 'a' / 'b'):
         assert (tmp_path / 'a' / 'b').is_dir()
     assert list(tmp_path.iterdir()) == []
@@ -43,6 +43,9 @@ def test_a_directory_that_was_made_for_nothing_is_removed_again(tmp_path):
     with workdir.locked(tmp_path / 'c'):
         pass
     assert (tmp_path / 'c').is_dir()
+    with workdir.locked(tmp_path / 'd'):
+        (tmp_path / 'd' / 'kept').touch()
+    assert (tmp_path / 'd' / workdir.LOCK_FILE).exists()
 
 
 def damage(directory, *steps):
