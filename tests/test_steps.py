@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from adabatch_jax import distributed, models, optimizers, steps, train_state
-from adabatch_jax.steps import pure
+from adabatch_jax.steps import compiled, pure
 
 TRACES = []
 
