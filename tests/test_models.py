@@ -1,6 +1,8 @@
 """Architectures: parameter counts, output shapes, initialisation, and what a model has to be."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -233,6 +235,58 @@ def test_a_model_that_cannot_be_trained_is_refused_by_the_plan(how, message, mon
     monkeypatch.setitem(models.MODELS, 'wrong', functools.partial(Wrong, how=how))
     with pytest.raises(ConfigError, match=f'config.model: Wrong {message}'):
         train.plan(tiny(**{'model.name': 'wrong'}))
+
+
+class Mixed(nn.Module):
+    """Something of Flax between the layers of this package, or alone."""
+
+    num_classes: int
+    layer: Callable
+    entered: bool = True
+    batch_norm: str = 'local'
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = conv.enter(images) if self.entered else images
+        x = self.layer(nn.Dense(4)(x))
+        x = models.layers.mean_over_pixels(x) if self.entered else x.mean((1, 2))
+        return nn.Dense(self.num_classes)(x)
+
+
+@pytest.mark.parametrize('entered', [True, False])
+@pytest.mark.parametrize(
+    'layer',
+    [
+        lambda x: nn.Conv(4, (3, 3))(x),
+        lambda x: nn.ConvTranspose(4, (3, 3))(x),
+        lambda x: nn.GroupNorm(2)(x),
+        lambda x: nn.InstanceNorm()(x),
+        lambda x: nn.MultiHeadDotProductAttention(2)(x) if x.ndim == 5 else x,
+        lambda x: nn.max_pool(x, (2, 2), padding='SAME'),
+        lambda x: jax.jit(nn.avg_pool, static_argnums=(1, 2, 3))(x, (3, 3), (1, 1), 'SAME'),
+        lambda x: nn.Conv(4, (1, 1))(x),
+        lambda x: nn.LayerNorm()(x),
+        lambda x: nn.BatchNorm(use_running_average=True)(x),
+        lambda x: nn.Dropout(0.5, deterministic=True)(x),
+        lambda x: conv.enter(nn.Conv(4, (3, 3))(conv.leave(x))) if x.ndim == 5 else x,
+    ],
+)
+def test_models_are_refused_where_logits_of_an_image_would_depend_on_others(layer, entered):
+    model = Mixed(3, layer, entered)
+    images = jnp.ones((2, 6, 6, 1)).at[1].set(jnp.nan)
+    logits, _ = model.init_with_output(jax.random.key(0), images, train=False)
+    is_mixed = np.isnan(logits[0]).any()
+    refused = pytest.raises(ValueError, match=r'takes the examples of a batch for pixels')
+    with refused if is_mixed else contextlib.nullcontext():
+        models.check_model(model, (6, 6, 1), 3)
+    assert not is_mixed or entered
+
+
+def test_they_are_refused_too_where_images_are_so_large_that_each_is_a_group():
+    model = Mixed(3, lambda x: nn.Conv(4, (3, 3))(x))
+    with pytest.raises(ValueError, match='Conv_0, a layer of Flax, takes the examples of a batch'):
+        models.check_model(model, (200, 200, 1), 3)
 
 
 def test_a_module_in_place_of_its_class_is_refused_by_the_plan(monkeypatch):

@@ -1,7 +1,10 @@
 """Networks by name: ``get_model('resnet20', num_classes=10)``.
 
-To add one, write a linen module that takes ``num_classes``, ``batch_norm`` and ``dtype``, and name it in
-``MODELS``.
+To add one, write a linen module that takes ``num_classes``, ``batch_norm`` and ``dtype``, and name it
+in ``MODELS``. From ``conv.enter`` to ``layers.flatten``, ``layers.mean_over_pixels`` or ``conv.leave``
+images are ``[groups, height, width, examples, channels]`` on a CPU: there it has layers of this package
+and those that look at one pixel, as ``nn.Dense``, ``nn.LayerNorm`` and ``nn.Dropout`` do.
+``check_model`` refuses others.
 """
 
 import functools
@@ -12,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, vgg
+from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, shapes, vgg
 from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
 
 __all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'get_model']
@@ -97,7 +100,7 @@ def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> di
 
     name = type(model).__name__
     try:
-        variables, *outputs = jax.eval_shape(both, jax.random.key(0), images)
+        variables, *outputs = shapes.eval_shape(both, jax.random.key(0), images)
     except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
         cause = next(iter(str(error).splitlines()), '')
         raise ValueError(
