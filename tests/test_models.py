@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -235,6 +237,22 @@ def test_a_model_that_cannot_be_trained_is_refused_by_the_plan(how, message, mon
     monkeypatch.setitem(models.MODELS, 'wrong', functools.partial(Wrong, how=how))
     with pytest.raises(ConfigError, match=f'config.model: Wrong {message}'):
         train.plan(tiny(**{'model.name': 'wrong'}))
+
+
+@pytest.mark.parametrize(
+    'how, line',
+    [('fails in training', "raise RuntimeError('no such luck')"), ('draws', "self.make_rng('noise')")],
+)
+def test_an_exception_in_a_model_is_told_with_the_line_of_its_own_that_it_came_by(how, line):
+    with pytest.raises(ValueError) as error:
+        models.check_model(Wrong(10, how), (8, 8, 1), 10)
+    number = int(re.search(rf'\({re.escape(__file__)}, line (\d+)\)$', str(error.value))[1])
+    assert pathlib.Path(__file__).read_text().splitlines()[number - 1].strip() == line
+
+
+def test_images_that_are_too_small_for_a_model_of_the_package_are_told_without_a_line():
+    with pytest.raises(ValueError, match=r'AlexNet cannot take images of \(8, 8, 1\): .*zero$'):
+        models.check_model(models.get_model('alexnet', 10), (8, 8, 1), 10)
 
 
 class Mixed(nn.Module):

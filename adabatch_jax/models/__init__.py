@@ -9,11 +9,15 @@ and those that look at one pixel, as ``nn.Dense``, ``nn.LayerNorm`` and ``nn.Dro
 
 import functools
 import numbers
+import os
+import traceback
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, shapes, vgg
 from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
@@ -38,6 +42,10 @@ for _blocks, _widen in ((2, 4), (4, 10), (6, 2)):
     )
 for _depth, (_bottleneck, _depths) in resnet.DEPTHS.items():
     MODELS[f'resnet{_depth}'] = functools.partial(resnet.ResNet, _bottleneck, _depths)
+
+# Where no line of a user's own is: Python and what models are made of and called by, this package too.
+_LIBRARIES = (os.__file__, flax.__file__, jax.__file__, np.__file__, os.path.dirname(__file__))
+_LIBRARIES = ('<string>', *(os.path.dirname(file) + os.sep for file in _LIBRARIES))
 
 
 def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -75,7 +83,8 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
     """The shapes of a model's variables.
 
     Raises:
-      ValueError: one that cannot take images of a shape, or is no classifier that can be trained here.
+      ValueError: one that cannot take images of a shape, with the line of its own that an exception came
+        by; or that is no classifier that can be trained here.
     """
     try:
         hash(model)  # compiled steps are kept by it, and so are its shapes
@@ -104,7 +113,7 @@ def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> di
     except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
         cause = next(iter(str(error).splitlines()), '')
         raise ValueError(
-            f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}'
+            f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}{_place(error)}'
         ) from error
     wrong = [getattr(x, 'shape', type(x).__name__) for x in outputs]
     wrong = [shape for shape in wrong if shape != (2, num_classes)]
@@ -116,3 +125,10 @@ def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> di
         if dtypes := {leaf.dtype for leaf in jax.tree.leaves(arrays)} - {jnp.dtype(jnp.float32)}:
             raise ValueError(f'{name} has {what} of {dtypes.pop()}; accepted: float32')
     return variables
+
+
+def _place(error: Exception) -> str:
+    """In brackets the last line outside of ``_LIBRARIES`` on the way to an error, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    return f' ({own[-1].filename}, line {own[-1].lineno})' if own else ''
