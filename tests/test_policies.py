@@ -5,9 +5,10 @@ import types
 
 import numpy as np
 import pytest
+from test_train import tiny
 
-from adabatch_jax import policies, schedules
-from adabatch_jax.config import default_config
+from adabatch_jax import policies, schedules, train
+from adabatch_jax.config import ConfigError, default_config
 from adabatch_jax.policies import Observation
 from adabatch_jax.policies.friedlander_schmidt import next_sample
 
@@ -297,6 +298,13 @@ class Decides(policies.Policy):
 def test_a_policy_of_ones_own_that_is_none_is_refused(monkeypatch, create, message):
     with pytest.raises(ValueError, match=message):
         of_ones_own(monkeypatch, create)
+
+
+def test_a_policy_without_transitions_is_refused_by_the_plan(monkeypatch):
+    module = types.SimpleNamespace(create=lambda *_: policies.PlannedPolicy([]), COUPLING='linear')
+    monkeypatch.setitem(policies.POLICIES, 'mine', module)
+    with pytest.raises(ConfigError, match='config.batch: got none first; the first stage has to start'):
+        train.plan(tiny(**{'batch.policy': 'mine'}))
 
 
 @pytest.mark.parametrize('gain', [-1.0, 0.0, float('nan'), float('inf')])

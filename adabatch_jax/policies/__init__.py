@@ -16,7 +16,7 @@ from adabatch_jax.policies.base import (
     State,
     as_saved,
 )
-from adabatch_jax.schedules import COUPLINGS, Clock, LearningRate
+from adabatch_jax.schedules import COUPLINGS, Clock, LearningRate, check_transitions
 
 __all__ = [
     'POLICIES',
@@ -82,6 +82,7 @@ def _check(name: str, policy: Any) -> None:
         )
     if not all(type(size) is int for size in policy.ladder):
         raise ValueError(f'policy: got {name!r} with the ladder {policy.ladder}; accepted: int')
+    check_transitions(policy.transitions)
 
 
 def checked(name: str, policy: Policy, decision: Any) -> Decision:
