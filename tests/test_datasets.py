@@ -172,6 +172,8 @@ def test_an_own_data_set_has_moments_for_each_channel(own, changes):
         ({'image_shape': (8, 8)}, r'^image_shape: got \(8, 8\); accepted: height, width and channels$'),
         ({'image_shape': (8, 8.0, 1)}, r'^image_shape: got \(8.0, 8.0, 1.0\); accepted'),
         ({'sizes': {}}, '^sizes: got {}; accepted: the number of examples by split$'),
+        ({'sizes': 300}, '^sizes: got 300; accepted: the number of examples by split$'),
+        ({'sizes': {'train': 12.0}}, "^sizes: got {'train': 12.0}; accepted"),
     ],
 )
 def test_an_own_data_set_has_images_of_one_shape_and_splits(own, changes, message):
@@ -183,6 +185,14 @@ def test_a_function_for_a_data_set_that_returns_none_is_named(own, monkeypatch):
     dataset = own(np.zeros(12, int))
     monkeypatch.setitem(input_pipeline.SOURCES, 'own', lambda dataset, seed: None)
     with pytest.raises(ValueError, match=r"^name: got 'own', .* returns a NoneType; accepted"):
+        input_pipeline.dataset_info(dataset)
+
+
+def test_a_source_in_place_of_its_function_is_named(own, monkeypatch):
+    dataset = own(np.zeros(12, int))
+    source = input_pipeline.SOURCES['own'](dataset, 0)
+    monkeypatch.setitem(input_pipeline.SOURCES, 'own', source)
+    with pytest.raises(ValueError, match=r"^name: got 'own', which in SOURCES is a Source; accepted: a"):
         input_pipeline.dataset_info(dataset)
 
 

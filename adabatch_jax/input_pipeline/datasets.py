@@ -296,15 +296,15 @@ def _source(dataset, seed: int) -> Source:
             f'name: got {dataset.name!r}; accepted: {", ".join(SOURCES)}, and TFDS folders in '
             'dataset.data_dir'
         )
-    source = create(dataset, seed)
-    if not isinstance(source, Source):
+    source = create(dataset, seed) if callable(create) else create
+    if not callable(create) or not isinstance(source, Source):
+        found = 'whose function in SOURCES returns' if callable(create) else 'which in SOURCES is'
         raise ValueError(
-            f'name: got {dataset.name!r}, whose function in SOURCES returns a {type(source).__name__}; '
-            'accepted: a Source'
+            f'name: got {dataset.name!r}, {found} a {type(source).__name__}; accepted: a function that '
+            'returns a Source'
         )
-    augmentations = ('none', 'pad_crop', 'pad_crop_flip')
-    if source.open:
-        augmentations = ('none', 'random_resized_crop')
+    of_kind = ('random_resized_crop',) if source.open else ('pad_crop', 'pad_crop_flip')
+    augmentations = ('none', *of_kind)
     if dataset.augment not in augmentations:
         raise ValueError(
             f'augment: got {dataset.augment!r}; accepted for {dataset.name}: {", ".join(augmentations)}'

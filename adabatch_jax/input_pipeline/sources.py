@@ -1,10 +1,11 @@
 """What every data set tells of itself, its splits and their slices."""
 
 import dataclasses
+import numbers
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class Source:
             raise ValueError(
                 f'image_shape: got {self.image_shape}; accepted: height, width and channels'
             )
-        if not self.sizes:
+        sizes = self.sizes if isinstance(self.sizes, Mapping) else {}
+        if not sizes or not all(isinstance(n, numbers.Integral) for n in sizes.values()):
             raise ValueError(f'sizes: got {self.sizes}; accepted: the number of examples by split')
         channels = self.image_shape[-1]
         is_right = len(self.mean) == len(self.std) == channels and np.all(np.isfinite(self.mean))
