@@ -306,6 +306,8 @@ def describe(
             **_family_options(config.model),
         )
         has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
+        if has_batch_norm and model.batch_norm != 'local':
+            models.frozen(model, info.image_shape, f'batch_norm {model.batch_norm!r}')
     with user_errors('config.optimizer'):
         options = {key: value for key, value in config.optimizer.items() if key not in ('svrg', 'saga')}
         optimizer = optimizers.create(**options)

@@ -4,11 +4,6 @@ import dataclasses
 import functools
 import math
 
-import flax
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
 from adabatch_jax import input_pipeline, models, optimizers, schedules, variance_reduction
 from adabatch_jax.config import ConfigError, flatten, user_errors
 
@@ -50,7 +45,9 @@ def _with_svrg(experiment):
     config, info, svrg = experiment.config, experiment.info, experiment.config.optimizer.svrg
     model, estimator = experiment.model, None
     if experiment.has_batch_norm:
-        model, estimator = _frozen(model, info.image_shape), model
+        with user_errors('config.model'):
+            frozen = models.frozen(model, info.image_shape, "optimizer 'svrg'")
+        model, estimator = frozen, model
     reduction = variance_reduction.Svrg(
         info.num_train, svrg.mixed, svrg.skip_zeros, estimator, models.MOMENTUM
     )
@@ -85,26 +82,3 @@ def _with_svrg(experiment):
     return dataclasses.replace(
         experiment, model=model, reduction=reduction, snapshots=snapshots, note=note
     )
-
-
-def _frozen(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The model with running statistics in training too.
-
-    Raises:
-      ConfigError: one that moves them all the same.
-    """
-    frozen = model.clone(batch_norm='frozen')
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-
-    def check(key, images):
-        variables = frozen.init(key, images, train=False)
-        return frozen.apply(variables, images, train=True, rngs={'dropout': key})
-
-    try:
-        jax.eval_shape(check, jax.random.key(0), images)
-    except flax.errors.ModifyScopeVariableError as error:
-        raise ConfigError(
-            f"config.model.name: got a {type(model).__name__}; accepted with optimizer 'svrg': models "
-            "whose BatchNorm leaves its running statistics alone with batch_norm='frozen'"
-        ) from error
-    return frozen

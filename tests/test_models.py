@@ -255,6 +255,26 @@ def test_images_that_are_too_small_for_a_model_of_the_package_are_told_without_a
         models.check_model(models.get_model('alexnet', 10), (8, 8, 1), 10)
 
 
+class StockNorm(nn.Module):
+    num_classes: int
+    batch_norm: str = 'local'
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = images.reshape(len(images), -1)
+        return nn.Dense(self.num_classes)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+@pytest.mark.parametrize('batch_norm', ['local', 'sync', 'ghost:2'])
+def test_batchnorm_of_its_own_goes_with_local_statistics_alone(batch_norm, monkeypatch):
+    monkeypatch.setitem(models.MODELS, 'stock', StockNorm)
+    message = f"config.model.name: got a StockNorm; accepted with batch_norm '{batch_norm}': models"
+    refused = pytest.raises(ConfigError, match=message)
+    with contextlib.nullcontext() if batch_norm == 'local' else refused:
+        train.plan(tiny(**{'model.name': 'stock', 'model.batch_norm': batch_norm}))
+
+
 class Mixed(nn.Module):
     """Something of Flax between the layers of this package, or alone."""
 

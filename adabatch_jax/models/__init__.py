@@ -22,7 +22,7 @@ import numpy as np
 from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, shapes, vgg
 from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
 
-__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'get_model']
+__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'frozen', 'get_model']
 
 MODELS = {
     'linear': linear.Linear,
@@ -125,6 +125,35 @@ def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> di
         if dtypes := {leaf.dtype for leaf in jax.tree.leaves(arrays)} - {jnp.dtype(jnp.float32)}:
             raise ValueError(f'{name} has {what} of {dtypes.pop()}; accepted: float32')
     return variables
+
+
+@functools.lru_cache(64)
+def frozen(model: nn.Module, image_shape: tuple[int, int, int], used_with: str) -> nn.Module:
+    """The model with running statistics in training too.
+
+    Args:
+      model: as accepted by ``check_model``.
+      image_shape: of the images that it takes.
+      used_with: what asks for such models, for the message.
+
+    Raises:
+      ValueError: one that moves them all the same, or knows no ``batch_norm='frozen'``.
+    """
+    model = model.clone(batch_norm='frozen')
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def check(key, images):
+        variables = model.init(key, images, train=False)
+        return model.apply(variables, images, train=True, rngs={'dropout': key})
+
+    try:
+        jax.eval_shape(check, jax.random.key(0), images)
+    except Exception as error:  # with 'local' there was none
+        raise ValueError(
+            f'name: got a {type(model).__name__}; accepted with {used_with}: models whose BatchNorm '
+            "leaves its running statistics alone with batch_norm='frozen', as layers.norm_layer does"
+        ) from error
+    return model
 
 
 def _place(error: Exception) -> str:
