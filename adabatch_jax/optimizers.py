@@ -120,6 +120,8 @@ def create(
             )
         if name == 'adam':
             return optax.chain(decay, optax.scale_by_adam(beta1, beta2, epsilon), down)
-        return optax.chain(decay, optax.scale_by_rss(eps=epsilon), down)
+        if name == 'adagrad':
+            return optax.chain(decay, optax.scale_by_rss(eps=epsilon), down)
+        raise ValueError(f'name: got {name!r}, which is in OPTIMIZERS; create does not make it')
 
     return optax.inject_hyperparams(build)(learning_rate=0.0)

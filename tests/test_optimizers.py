@@ -72,6 +72,12 @@ def test_every_optimizer_descends_with_the_rate_that_is_set(name):
         np.testing.assert_allclose(large[leaf], 2 * small[leaf], rtol=1e-5)
 
 
+def test_a_name_that_is_only_listed_is_no_optimizer(monkeypatch):
+    monkeypatch.setattr(optimizers, 'OPTIMIZERS', (*optimizers.OPTIMIZERS, 'mine'))
+    with pytest.raises(ValueError, match="name: got 'mine'"):
+        optimizers.create('mine').init({'kernel': jnp.ones((2, 2))})
+
+
 def test_equal_arguments_give_the_same_object():
     assert optimizers.create('sgd', momentum=0.9) is optimizers.create('sgd', momentum=0.9)
     assert optimizers.create('sgd', momentum=0.9) is not optimizers.create('sgd', momentum=0.8)
