@@ -340,9 +340,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluates the current state, writes the ``eval`` record, and saves a new best state."""
-        with self.paused('log'):
-            self.write_window()
         with self.paused('evaluation'):
+            self.write_window()
             result = evaluate(self.state, self.experiment.eval_spec, self.pipeline)
             self.host.evaluation = {'step': self.step, 'accuracy': result['accuracy']}
             is_best = result['accuracy'] > self.host.best_accuracy
