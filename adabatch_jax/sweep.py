@@ -22,6 +22,7 @@ from adabatch_jax.experiment import describe, fixed
 
 # The first batch size throughout, the largest throughout, and what the config says.
 FIXED_SMALL, FIXED_LARGE, ADAPTIVE = POLICIES = ('fixed_small', 'fixed_large', 'adaptive')
+_PATIENCE_SECONDS = 5.0  # with a run that an interrupt may have reached
 _CONFIG = '''"""Of a sweep: {name}, seed {seed}."""
 
 import runpy
@@ -89,7 +90,8 @@ def run(
 
     Returns:
       The exit status: 0, or that of a run. A run that diverges does not keep the others from training;
-      a mistake, or a signal, ends the sweep.
+      a mistake ends the sweep, and so does SIGTERM or an interrupt, with 143 or 130 unless the run
+      has failed.
 
     Raises:
       ConfigError: a mistake, found before the first run.
@@ -148,10 +150,15 @@ def _train(file: pathlib.Path, directory: pathlib.Path, quiet: bool) -> int:
     with _passing_on(signal.SIGTERM, process) as received:
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the run has got it too
-            status = process.wait()
-    if received:
-        return 143
+        except KeyboardInterrupt:
+            received.append(signal.SIGINT)
+            try:  # from a keyboard the run has got it too, and a second one would break off how it ends
+                status = process.wait(_PATIENCE_SECONDS)
+            except (KeyboardInterrupt, subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGINT)
+                status = process.wait()
+    if received and status in (0, 3):  # with which the sweep would go on
+        return 128 + received[0]
     return status if status >= 0 else 128 - status
 
 

@@ -1,6 +1,8 @@
 """Sweeps: several policies and seeds, each a process, and their comparison."""
 
 import json
+import signal
+import sys
 
 import pytest
 
@@ -167,6 +169,27 @@ def test_a_sweep_is_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.distributed, 'is_joined', lambda: True)
     with pytest.raises(ConfigError, match='--sweep: got several processes'):
         sweep.run(config(), 'tests/small_run.py', tmp_path, sweep.POLICIES, [0])
+
+
+@pytest.mark.parametrize('number, ends', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('status', [0, 2, 3, None])
+def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
+    tmp_path, monkeypatch, number, ends, status
+):
+    """Whether the run ends by it (None) or just then with a status of its own."""
+    code = f'os.kill(os.getppid(), {number:d}); time.sleep(10)'
+    if status is not None:
+        code = f'signal.signal({number:d}, lambda *_: os._exit({status})); {code}'
+    run = tmp_path / 'run'
+    run.write_text(f'#!{sys.executable}\nimport os, signal, time\n{code}\n')
+    run.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(run))
+    monkeypatch.setattr(sweep, '_PATIENCE_SECONDS', 0.1)
+    before = signal.getsignal(number)
+    found = sweep.run(config(), 'tests/small_run.py', tmp_path / 'sweep', sweep.POLICIES, [0], True)
+    assert found == (2 if status == 2 else ends)  # what could not be saved is told
+    assert len(list((tmp_path / 'sweep').glob('*.py'))) == 1
+    assert signal.getsignal(number) is before
 
 
 def test_a_config_file_that_adds_a_policy_can_be_swept(command_line, tmp_path):
