@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from absl import flags, logging
@@ -116,6 +116,22 @@ def check_overrides(argv: list[str]) -> None:
             raise ConfigError(f'config.{key}: got {value!r}; accepted: {numbers[kind]}') from None
 
 
+@contextlib.contextmanager
+def _emptied_streams() -> Iterator[None]:
+    """Lets Python end with the status that was returned where what was printed cannot be written."""
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+                try:
+                    stream.flush()
+                except OSError:
+                    with open(os.devnull, 'wb') as nowhere:
+                        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@_emptied_streams()
 def run(
     argv: list[str],
     doc: str,

@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,14 +30,7 @@ class _Console(Console):
     def give_up(self, error: OSError) -> None:
         """Shows nothing from here on, and says so on standard error."""
         self.quiet = True
-        _forget(sys.stdout)
         complain(f'warning: standard output: {error.strerror}; nothing more is written there')
-
-
-def _forget(stream: TextIO) -> None:
-    """Sends a stream nowhere, or Python would fail to empty its buffer at the end."""
-    with contextlib.suppress(OSError, ValueError), open(os.devnull, 'wb') as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 _MOST_RATES = 10_000  # of a stage, among which its highest is looked for
@@ -145,10 +138,8 @@ def say(message: str) -> None:
 def complain(message: str) -> None:
     """Prints a line on standard error, where that can be."""
     if jax.process_index() == 0:
-        try:
+        with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
-        except OSError:
-            _forget(sys.stderr)
 
 
 def print_stages(stages: list[dict[str, Any]], end: dict[str, Any], unusual: str = '') -> None:

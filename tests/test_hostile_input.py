@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -111,3 +114,16 @@ def test_pickled_arrays_are_refused(tmp_path, config_file):
     flags = ('--config.dataset.name=npz', f'--config.dataset.data_dir={tmp_path}', '--mode=plan')
     status, error = call(f'--config={config_file}', *flags)
     assert status == 2 and error.count('\n') == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+@pytest.mark.parametrize('raised, status', [('ConfigError("a: b")', 2), ('KeyboardInterrupt', 130)])
+def test_the_exit_status_stands_where_standard_error_cannot_be_written(raised, status):
+    code = (
+        'import sys; from absl import flags; from adabatch_jax import command_line\n'
+        'from adabatch_jax.config import ConfigError\n'
+        f'def command(values): raise {raised}\n'
+        'sys.exit(command_line.run(["name"], "", lambda argv: flags.FlagValues(), command))'
+    )
+    with open('/dev/full', 'w') as full:
+        assert subprocess.run([sys.executable, '-c', code], stderr=full).returncode == status

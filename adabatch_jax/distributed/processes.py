@@ -115,7 +115,7 @@ def _say_later(coordinator_address: str | None) -> threading.Timer:
     """Will tell who waits for processes that have not begun."""
     at = f' at {coordinator_address}' if coordinator_address else ''
     line = f'waiting for the other processes{at}; each --process_id from 0 on has to be started once'
-    timer = threading.Timer(_PATIENCE_SECONDS, print, [line], {'file': sys.stderr})
+    timer = threading.Timer(_PATIENCE_SECONDS, complain, [line])
     timer.daemon = True
     timer.start()
     return timer
@@ -286,6 +286,12 @@ def _store():
 # --------------------------------------------------------------------------------------- to end
 
 
+def complain(line: str) -> None:
+    """Prints a line on standard error, where that can be; the status to end with is worth more."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def fail(status: int, line: str) -> int:
     """Tells the other processes that this one ends, so that none waits for it; returns ``status``.
 
@@ -293,7 +299,7 @@ def fail(status: int, line: str) -> int:
     in the config, has nothing to add. Those that would go on end with the same status.
     """
     if not is_joined():
-        print(line, file=sys.stderr)
+        complain(line)
     else:
         _tell(status, line, can_meet=True)
     return status
@@ -319,7 +325,8 @@ def abandon(error: Exception) -> int:
         return 1
     if is_first():  # with it goes the store, where the others still look
         time.sleep(_POLL_SECONDS + _GRACE_SECONDS)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(1)
 
 
@@ -354,7 +361,7 @@ def _tell(status: int, line: str, can_meet: bool) -> bool:
     except jax.errors.JaxRuntimeError as error:
         if 'ALREADY_EXISTS' in str(error):  # another was first
             return False
-    print(line if is_first() else f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
+    complain(line if is_first() else f'process {jax.process_index()}: {line}')
     return True
 
 
@@ -378,7 +385,7 @@ def _watch() -> None:
         return  # it ends by itself
     _ending.set()
     if is_first():
-        print(f'process {told.who} failed: {told.line}', file=sys.stderr, flush=True)
+        complain(f'process {told.who} failed: {told.line}')
     try:
         if told.can_meet:
             with _in_use:
