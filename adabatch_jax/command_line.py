@@ -116,6 +116,14 @@ def check_overrides(argv: list[str]) -> None:
             raise ConfigError(f'config.{key}: got {value!r}; accepted: {numbers[kind]}') from None
 
 
+def say(text: str) -> None:
+    """Prints lines on standard output; where they cannot be written, a warning instead."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        distributed.complain(f'warning: standard output: {error.strerror}')
+
+
 @contextlib.contextmanager
 def _emptied_streams() -> Iterator[None]:
     """Lets Python end with the status that was returned where what was printed cannot be written."""
@@ -159,7 +167,7 @@ def run(
     logging.set_verbosity(logging.WARNING)
     logging.set_stderrthreshold('warning')
     if '--help' in argv or '-h' in argv:
-        print(f'{doc}\n{define_flags([]).get_help()}')
+        say(f'{doc}\n{define_flags([]).get_help()}')
         return 0
     was_in_use = distributed.is_in_use()  # by a notebook
     try:

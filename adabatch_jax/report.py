@@ -383,9 +383,8 @@ def run(values: flags.FlagValues) -> int:
     written = page(values.runs, values.benchmark)
     with user_errors('--out'):
         pages.write(written, form, out)
-    for line in written.notes:
-        print(line)
-    print(f'{out}: {written.num_runs} run{"s" * (written.num_runs != 1)}')
+    num_runs = f'{written.num_runs} run{"s" * (written.num_runs != 1)}'
+    command_line.say('\n'.join([*written.notes, f'{out}: {num_runs}']))
     return 0
 
 

@@ -1,6 +1,8 @@
 """Reports: what is written, in which form, and mistakes."""
 
+import errno
 import html.parser
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +114,12 @@ def test_reports_need_neither_a_display_nor_tensorflow_nor_a_device(runs, tmp_pa
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_report_is_written_where_nothing_can_be_printed(runs, tmp_path, monkeypatch, capsys):
+    with open('/dev/full', 'w') as full, monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', full)
+        assert report.main(['report', str(runs[0]), f'--out={tmp_path / "page.html"}']) == 0
+    assert (tmp_path / 'page.html').exists()
+    assert capsys.readouterr().err == f'warning: standard output: {os.strerror(errno.ENOSPC)}\n'
