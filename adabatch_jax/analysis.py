@@ -119,16 +119,16 @@ class Loss:
 def _sound(
     folder: pathlib.Path, steps: list[int], target: Any, report: Callable[[str], Any]
 ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-    """Step, state and host state of checkpoints, without the damaged ones, unless all are."""
+    """Step, state and host state of checkpoints, without those damaged or gone, unless all are."""
     num_sound = 0
     for step in steps:
         with user_errors('workdir'):
             try:
                 state, host = checkpoint.restore(folder, step, target)
-            except checkpoint.Damaged as damage:
+            except (checkpoint.Damaged, FileNotFoundError) as error:  # a run in progress removes some
                 if step == steps[-1] and not num_sound:
                     raise
-                report(f'warning: {damage}; it is left out')
+                report(f'warning: {error}; it is left out')
                 continue
         num_sound += 1
         yield step, state, host
@@ -158,7 +158,7 @@ def analyze(
       config: the resolved config of the run; ``config.analysis`` says what to measure.
       workdir: the run's work directory.
       which: ``'all'``, ``'latest'`` or ``'best'``.
-      report: takes a line about each damaged one of all, which is left out.
+      report: takes a line about each of all that is damaged, or gone by then, and left out.
       progress: takes a line before each checkpoint.
 
     Returns:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import checkpoint
+from adabatch_jax import analysis, checkpoint
+from adabatch_jax.config import ConfigError
 
 STATE = {'params': {'w': jnp.arange(6.0).reshape(2, 3)}, 'step': jnp.int32(4)}
 
@@ -177,6 +178,19 @@ def test_without_an_undamaged_checkpoint_nothing_is_changed_and_all_are_named(tm
     with pytest.raises(checkpoint.Damaged, match='update 2 is damaged.*update 1 is damaged.*no other'):
         checkpoint.restore(tmp_path)
     assert files(tmp_path) == before
+
+
+def test_an_analysis_leaves_out_checkpoints_that_are_removed_meanwhile_unless_all_are(tmp_path):
+    save(tmp_path, 0.9, None, None)
+    lines = []
+    found = analysis._sound(tmp_path, [1, 2, 3], STATE, lines.append)
+    assert next(found)[0] == 1
+    shutil.rmtree(tmp_path / '2')
+    assert [step for step, *_ in found] == [3]
+    (line,) = lines
+    assert line.startswith('warning: no checkpoint of step 2 in') and line.endswith('; it is left out')
+    with pytest.raises(ConfigError, match='workdir: no checkpoint of step 5'):
+        list(analysis._sound(tmp_path, [4, 5], STATE, lines.append))
 
 
 def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
