@@ -19,6 +19,7 @@ from adabatch_jax.config import (
     ConfigError,
     differences,
     from_json,
+    replacing,
     resolve,
     to_json,
 )
@@ -231,6 +232,5 @@ def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all, also where the process is killed."""
-    temporary = path.with_name(f'.{path.name}')
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_text(text, encoding='utf-8')

@@ -4,6 +4,7 @@ import errno
 import html.parser
 import os
 import re
+import resource
 import subprocess
 import sys
 import urllib.parse
@@ -114,6 +115,32 @@ def test_reports_need_neither_a_display_nor_tensorflow_nor_a_device(runs, tmp_pa
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('form, broken', [('html', 'r'), ('md', 'r'), ('png', 'r/error_by_epoch.png')])
+def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, capsys, form, broken):
+    out = tmp_path / 'reports' / 'r'
+    out.parent.mkdir()
+    arguments = ['report', str(runs[0]), f'--format={form}', f'--out={out}']
+    assert report.main(arguments) == 0
+    before = {path: path.read_bytes() for path in out.parent.rglob('*') if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a disk with room for so much
+    try:
+        assert report.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in out.parent.rglob('*') if path.is_file()} == before
+    error = capsys.readouterr().err
+    assert error == f'error: --out: [Errno 27] File too large: {str(out.parent / broken)!r}\n'
+
+
+def test_a_report_goes_where_a_link_or_a_device_leads(runs, tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'page.html')
+    for out in (tmp_path / 'link', os.devnull):
+        assert report.main(['report', str(runs[0]), f'--out={out}']) == 0
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'page.html').stat().st_size
+    assert not os.path.isfile(os.devnull)
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
