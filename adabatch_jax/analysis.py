@@ -33,7 +33,7 @@ from adabatch_jax import (
 )
 from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.experiment import Experiment, describe
-from adabatch_jax.workdir import write_whole
+from adabatch_jax.files import write_whole
 
 FILE = metrics.ANALYSIS_FILE
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
-import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -35,31 +33,6 @@ def user_errors(key: str, kinds: tuple[type[Exception], ...] = _OF_ARGUMENTS):
         message = str(error) or type(error).__name__
         joint = '.' if re.match(r'\w+(\.\w+)*: ', message) else ': '
         raise ConfigError(f'{key}{joint}{message}') from error
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The file to write in place of another, whose place it then takes: whole or not at all.
-
-    Also where the process is killed. What is there and no file, as a pipe, is written to itself.
-
-    Raises:
-      OSError: what was raised inside, or it cannot take that place; with the name ``path``.
-    """
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    target = pathlib.Path(os.path.realpath(path))  # a link stays one
-    temporary = target.with_name(f'.{target.name}')
-    try:
-        yield temporary
-        temporary.replace(target)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # as a rule it is there no more
-            temporary.unlink()
 
 
 def default_config() -> ml_collections.ConfigDict:

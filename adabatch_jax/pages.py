@@ -1,14 +1,14 @@
 """How a report looks: one HTML page, Markdown, or pictures."""
 
-import contextlib
 import dataclasses
 import html
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from adabatch_jax import figures
+from adabatch_jax.files import replacing, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +122,13 @@ def as_markdown(page: Page, folder: str) -> str:
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def write(
-    page: Page,
-    form: str,
-    out: pathlib.Path,
-    replacing: Callable[[pathlib.Path], contextlib.AbstractContextManager[pathlib.Path]],
-) -> None:
+def write(page: Page, form: str, out: pathlib.Path) -> None:
     """Writes a report, each of its files whole or not at all.
 
     Args:
       page: what it says.
       form: ``html``, ``md`` or ``png``.
       out: a file, or for ``png`` a folder.
-      replacing: gives the file to write in place of another, as ``config.replacing`` does.
 
     Raises:
       OSError: it cannot be written.
@@ -142,8 +136,7 @@ def write(
     folder = out if form == 'png' else out.with_name(f'{out.stem}_figures')
     if form != 'png':
         text = as_html(page) if form == 'html' else as_markdown(page, folder.name)
-        with replacing(out) as file:
-            file.write_text(text, encoding='utf-8')
+        write_whole(out, text)
     if form == 'html':
         return
     folder.mkdir(exist_ok=True)

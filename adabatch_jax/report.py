@@ -20,7 +20,7 @@ from absl import flags
 
 from adabatch_jax import command_line, comparison, figures, pages
 from adabatch_jax.comparison import Group, Spread
-from adabatch_jax.config import ConfigError, replacing, user_errors
+from adabatch_jax.config import ConfigError, user_errors
 from adabatch_jax.pages import Page, Table
 
 # In the reason of a ``session`` record, where a run went on as another than the one that it began as.
@@ -382,7 +382,7 @@ def run(values: flags.FlagValues) -> int:
             raise ConfigError(f'--out: got {values.out!r}; accepted: .html and .md, or --format as well')
     written = page(values.runs, values.benchmark)
     with user_errors('--out'):
-        pages.write(written, form, out, replacing)
+        pages.write(written, form, out)
     num_runs = f'{written.num_runs} run{"s" * (written.num_runs != 1)}'
     command_line.say('\n'.join([*written.notes, f'{out}: {num_runs}']))
     return 0

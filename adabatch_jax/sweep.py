@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from adabatch_jax import distributed, pages, report, terminal, workdir
-from adabatch_jax.config import ConfigError, replacing, resolve, to_json, user_errors
+from adabatch_jax.config import ConfigError, resolve, to_json, user_errors
 from adabatch_jax.experiment import describe, fixed
 
 # The first batch size throughout, the largest throughout, and what the config says.
@@ -124,7 +124,7 @@ def run(
         worst = max(worst, status)
     page = report.page([str(directory / name) for name in runs])
     with user_errors('workdir'):
-        pages.write(page, 'html', directory / 'report.html', replacing)
+        pages.write(page, 'html', directory / 'report.html')
     if not quiet:
         compared = f'{page.num_runs} run{"s" * (page.num_runs != 1)} compared'
         terminal.say('\n'.join([*page.notes, f'{directory / "report.html"}: {compared}']))

@@ -19,11 +19,11 @@ from adabatch_jax.config import (
     ConfigError,
     differences,
     from_json,
-    replacing,
     resolve,
     to_json,
 )
 from adabatch_jax.experiment import Experiment
+from adabatch_jax.files import write_whole
 from adabatch_jax.schedules import Plan
 
 try:
@@ -228,9 +228,3 @@ def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
             f'workdir: {str(workdir)!r} holds a run with other stages than its config gives now: batch '
             f'size {then}, now {here}; bring back what batch.policy goes by, or choose another --workdir'
         )
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the process is killed."""
-    with replacing(path) as file:
-        file.write_text(text, encoding='utf-8')
