@@ -259,9 +259,11 @@ def _framed(event: bytes) -> bytes:
     """As a file of records holds it: length, checksum, data, checksum."""
     from tensorboardX.record_writer import masked_crc32c
 
+    def checksum(part):
+        return struct.pack('<I', masked_crc32c(part))
+
     length = struct.pack('<Q', len(event))
-    sums = (struct.pack('<I', masked_crc32c(part)) for part in (length, event))
-    return length + next(sums) + event + next(sums)
+    return length + checksum(length) + event + checksum(event)
 
 
 @contextlib.contextmanager
