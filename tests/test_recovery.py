@@ -85,17 +85,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(tm
 
 def test_a_checkpoint_is_never_ahead_of_the_records(tmp_path, monkeypatch):
     """A disk that refuses records for a while: the run saves nothing until they are written."""
-    original = metrics.MetricsWriter.flush
+    original = metrics._Appended.flush
 
     def flush(self):
-        if 0 < getattr(self, 'refused', 0) < 8 or b'"step": 8' in self._unwritten:
+        if 0 < getattr(self, 'refused', 0) < 8 or b'"step": 8' in self.waiting:
             self.refused = getattr(self, 'refused', 0) + 1
         if 0 < getattr(self, 'refused', 0) < 8:
             raise OSError(28, 'No space left on device')
         original(self)
 
     saved, save = [], checkpoint.Checkpointer.save
-    monkeypatch.setattr(metrics.MetricsWriter, 'flush', flush)
+    monkeypatch.setattr(metrics._Appended, 'flush', flush)
     monkeypatch.setattr(
         checkpoint.Checkpointer,
         'save',
