@@ -22,7 +22,7 @@ POINTS = {
     'a stage has begun': (run.Run, 'enter_stage', 'after'),
     'an update is on the devices': (run.Run, 'dispatch', 'after'),
     'an update was seen': (run.Run, 'observe', 'after'),
-    'a record is half written': (metrics.MetricsWriter, 'flush', 'in'),
+    'a record is half written': (metrics._Appended, 'flush', 'in'),
     'an evaluation is about to begin': (run.Run, 'evaluate', 'before'),
     'an evaluation is in the middle': (evaluate.distributed, 'put_ahead', 'before'),
     'an evaluation has ended': (run.Run, 'evaluate', 'after'),
@@ -46,8 +46,8 @@ def kill_at(number: int, point: str, n: int) -> None:
         nonlocal calls
         calls += 1
         if when == 'in' and calls == n:
-            writer = args[0]
-            writer._file.write(writer._unwritten[: len(writer._unwritten) // 2])
+            appended = args[0]
+            appended._file.write(appended.waiting[: len(appended.waiting) // 2])
         if when != 'after' and calls == n:
             os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
