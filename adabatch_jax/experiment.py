@@ -297,17 +297,7 @@ def describe(
     if rule != 'schedule':
         note = f'{note} {SEARCHED.format(rule)}'.strip()
     plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
-    with user_errors('config.model'):
-        model = models.get_model(
-            config.model.name,
-            info.num_classes,
-            dtype=jnp.dtype(config.model.dtype),
-            batch_norm=config.model.batch_norm,
-            **_family_options(config.model),
-        )
-        has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
-        if has_batch_norm and model.batch_norm != 'local':
-            models.frozen(model, info.image_shape, f'batch_norm {model.batch_norm!r}')
+    model, has_batch_norm = _model(config, info)
     with user_errors('config.optimizer'):
         options = {key: value for key, value in config.optimizer.items() if key not in ('svrg', 'saga')}
         optimizer = optimizers.create(**options)
@@ -329,6 +319,22 @@ def describe(
         note=note,
     )
     return reducing.reduced(experiment) if is_reduced else experiment
+
+
+def _model(config, info) -> tuple[nn.Module, bool]:
+    """The model, and whether it has BatchNorm."""
+    with user_errors('config.model'):
+        model = models.get_model(
+            config.model.name,
+            info.num_classes,
+            dtype=jnp.dtype(config.model.dtype),
+            batch_norm=config.model.batch_norm,
+            **_family_options(config.model),
+        )
+        has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
+        if has_batch_norm and model.batch_norm != 'local':
+            models.frozen(model, info.image_shape, f'batch_norm {model.batch_norm!r}')
+    return model, has_batch_norm
 
 
 def _policy(config, rate, clock) -> policies.Policy:

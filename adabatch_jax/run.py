@@ -73,7 +73,6 @@ class Run:
             decided = dict(host.upcoming)
             self.upcoming = self.clock.update_at(decided.pop('start'), decided['batch_size'])
             self.decision = policies.Decision(**decided)
-        self.is_undecided = self.step == 0 or bool(self.schedule_changes)
 
     @property
     def epoch(self) -> float:

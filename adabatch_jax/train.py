@@ -168,7 +168,7 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
 def loop(run: Run, stop: threading.Event | None, reason: str) -> dict[str, Any]:
     """Trains from where a run is to its end; arguments, result and exceptions are those of ``train``."""
     config = run.experiment.config
-    if run.is_undecided:
+    if run.step == 0 or run.schedule_changes:  # else the checkpoint has the decision
         run.decide()
     if run.upcoming is None and (summary := run.written_summary()):
         run.display.say('this run is complete: nothing is left to train')
