@@ -171,6 +171,15 @@ def test_a_sweep_is_one_process(monkeypatch, tmp_path):
         sweep.run(config(), 'tests/small_run.py', tmp_path, sweep.POLICIES, [0])
 
 
+@pytest.fixture
+def noticed():
+    """SIGINT as at a terminal: a process that a script begins in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('noticed')
 @pytest.mark.parametrize('number, ends', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize('status', [0, 2, 3, None])
 def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
@@ -178,7 +187,9 @@ def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
 ):
     """Whether the run ends by it (None) or just then with a status of its own."""
     code = f'os.kill(os.getppid(), {number:d}); time.sleep(10)'
-    if status is not None:
+    if status is None:
+        code = f'signal.signal({number:d}, signal.SIG_DFL); {code}'
+    else:
         code = f'signal.signal({number:d}, lambda *_: os._exit({status})); {code}'
     run = tmp_path / 'run'
     run.write_text(f'#!{sys.executable}\nimport os, signal, time\n{code}\n')
