@@ -71,7 +71,8 @@ class Experiment:
     def initial_state(self) -> train_state.TrainState:
         """The train state before the first update, on the default device."""
         shape, seed = self.info.image_shape, self.config.seed
-        return train_state.create(self.model, self.optimizer, shape, seed, self.reduction)
+        options = steps.cpu_options(steps.FOR_ONE_USE)
+        return train_state.create(self.model, self.optimizer, shape, seed, self.reduction, options)
 
     def open_pipeline(self):
         """The input pipeline, its data loaded or found; see ``input_pipeline.create``."""

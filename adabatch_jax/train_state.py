@@ -56,6 +56,7 @@ def create(
     image_shape: tuple[int, int, int],
     seed: int = 0,
     reduction: Any = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> TrainState:
     """A fresh state; the same seed gives the same state on any number of devices.
 
@@ -65,10 +66,10 @@ def create(
       image_shape: height, width, channels.
       seed: root of the initialisation and of the run's random key.
       reduction: ``variance_reduction.Svrg`` or ``Saga``, if one is used.
+      compiler_options: of ``jax.jit``, for what makes it; None inside another ``jit``.
     """
     init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
 
-    @jax.jit
     def initialise(key):
         images = jnp.zeros((1, *image_shape))
         logits, variables = model.init_with_output(key, images, train=False)
@@ -76,7 +77,8 @@ def create(
         reduced = reduction.init(params, logits.shape[-1]) if reduction else {}
         return params, variables.get('batch_stats', {}), optimizer.init(params), reduced
 
-    params, batch_stats, opt_state, reduced = initialise(init_key)
+    made = jax.jit(initialise, compiler_options=compiler_options)(init_key)
+    params, batch_stats, opt_state, reduced = made
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         examples_seen=jnp.zeros((), jnp.uint32),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_train import tiny
 
-from adabatch_jax import models, optimizers, train, train_state
+from adabatch_jax import models, optimizers, steps, train, train_state
 from adabatch_jax.config import ConfigError
 from adabatch_jax.models import conv
 
@@ -188,6 +188,18 @@ def test_the_same_seed_gives_the_same_state_and_another_one_another():
         return train_state.params_digest(train_state.create(model, optimizer, (8, 8, 1), seed))
 
     assert digest(0) == digest(0) != digest(1)
+
+
+def test_initial_weights_are_the_same_however_they_are_compiled():
+    model, optimizer = models.get_model('cnn', 10), optimizers.create('sgd')
+
+    def digest(**options):
+        create = train_state.create
+        return train_state.params_digest(create(model, optimizer, (8, 8, 1), compiler_options=options))
+
+    assert digest(**steps.FOR_ONE_USE) == digest(xla_backend_optimization_level=3)
+    in_a_jit = jax.jit(lambda: train_state.create(model, optimizer, (8, 8, 1)))()
+    assert train_state.params_digest(in_a_jit) == digest()
 
 
 class Wrong(nn.Module):

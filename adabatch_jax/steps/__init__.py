@@ -2,12 +2,14 @@
 
 from adabatch_jax.steps.compiled import (
     CACHE,
+    FOR_ONE_USE,
     MOST_STEPS,
     CompiledStep,
     StepCache,
     batch_shapes,
     compile_part,
     compile_step,
+    cpu_options,
 )
 from adabatch_jax.steps.pure import (
     batch_gradient,
@@ -20,6 +22,7 @@ from adabatch_jax.steps.spec import STATISTICS, Normalize, StepSpec
 
 __all__ = [
     'CACHE',
+    'FOR_ONE_USE',
     'MOST_STEPS',
     'STATISTICS',
     'CompiledStep',
@@ -31,6 +34,7 @@ __all__ = [
     'batch_shapes',
     'compile_part',
     'compile_step',
+    'cpu_options',
     'eval_step',
     'train_step',
     'train_steps',
