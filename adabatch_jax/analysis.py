@@ -174,7 +174,7 @@ def analyze(
     steps = _chosen(folder, which)
     with user_errors('config.dataset'):
         images, labels = fixed_examples(experiment, config.analysis.num_examples)
-    target, options = experiment.initial_state(), config.analysis
+    target, options = experiment.state_shapes, config.analysis
     loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
     records, file = [], workdir / FILE
 

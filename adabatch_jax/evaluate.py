@@ -69,7 +69,7 @@ def evaluate_checkpoint(
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     experiment = describe(config, num_devices=1)  # the batches of training need not fit these devices
     folder = pathlib.Path(workdir, checkpoint.FOLDER).expanduser()
-    state = experiment.initial_state()
+    state = experiment.state_shapes
 
     def read():
         nonlocal state

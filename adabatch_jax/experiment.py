@@ -74,6 +74,11 @@ class Experiment:
         options = steps.cpu_options(steps.FOR_ONE_USE)
         return train_state.create(self.model, self.optimizer, shape, seed, self.reduction, options)
 
+    @property
+    def state_shapes(self) -> train_state.TrainState:
+        """Shapes and dtypes of the train state, for one that is read instead of made."""
+        return jax.eval_shape(self.initial_state)
+
     def open_pipeline(self):
         """The input pipeline, its data loaded or found; see ``input_pipeline.create``."""
         with user_errors('config.dataset'):
@@ -232,8 +237,8 @@ class Experiment:
     @property
     def gradient_bytes(self) -> int:
         """What the devices add up in an update."""
-        params = jax.eval_shape(self.initial_state).params
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        leaves = jax.tree.leaves(self.state_shapes.params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def eval_spec(self) -> steps.StepSpec:

@@ -232,9 +232,10 @@ def open_run(
         if config.compile.precompile and is_new:
             experiment.begin_compiling()
         pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
-        state = experiment.initial_state()
-        if not is_new:
-            state, host, examples_seen = _restored(folder, state)
+        if is_new:
+            state = experiment.initial_state()
+        else:
+            state, host, examples_seen = _restored(folder, experiment.state_shapes)
             _check_is_before_the_end(experiment, host, examples_seen)
             _check_devices(experiment, host, examples_seen)
             state = _search_from_effective(experiment, host, state)
@@ -270,7 +271,7 @@ def open_run(
 
 
 def _restored(folder: pathlib.Path, state: train_state.TrainState):
-    """State (in the first process only), host state and position of the last checkpoint."""
+    """State (shapes, but in the first process), host state and position of the last checkpoint."""
 
     def read():
         nonlocal state

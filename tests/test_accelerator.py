@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from test_train import of_kind, tiny
+from runs import of_kind, tiny
 
 from adabatch_jax import experiment, input_pipeline, models, steps, train, train_state
 from adabatch_jax.config import resolve

@@ -9,7 +9,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from test_train import tiny
+from runs import tiny
 
 from adabatch_jax import benchmark, metrics, run, terminal, timing, train
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_train import StopAt, of_kind, tiny
+from runs import StopAt, of_kind, tiny
 
 from adabatch_jax import checkpoint, metrics, run, train
 from adabatch_jax.config import ConfigError

@@ -4,8 +4,8 @@ import types
 
 import numpy as np
 import pytest
+from runs import StopAt, of_kind, tiny, without_times
 from test_statistical_policies import NUM_EXAMPLES, make
-from test_train import StopAt, of_kind, tiny, without_times
 
 from adabatch_jax import probing, train
 from adabatch_jax.config import ConfigError

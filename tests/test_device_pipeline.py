@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import StopAt, of_kind, tiny, without_times
+from runs import StopAt, of_kind, tiny, without_times
 
 from adabatch_jax import distributed, experiment, input_pipeline, steps, train, train_state
 from adabatch_jax.config import ConfigError, default_config, resolve

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_train import StopAt, of_kind, tiny
+from runs import StopAt, of_kind, tiny
 
 from adabatch_jax import metrics, run, train, train_state
 from adabatch_jax.config import resolve

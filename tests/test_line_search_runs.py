@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import StopAt, of_kind, tiny, without_times
 from test_steps import make_batch, make_spec, make_state, numpy_gradient, run_step
-from test_train import StopAt, of_kind, tiny, without_times
 
 from adabatch_jax import distributed, steps, train
 from adabatch_jax.config import ConfigError

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import tiny
+from runs import tiny
 
 from adabatch_jax import models, optimizers, steps, train, train_state
 from adabatch_jax.config import ConfigError

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_train import StopAt, of_kind
+from runs import StopAt, of_kind
 
 from adabatch_jax import main, train, train_state
 from adabatch_jax.config import ConfigError, resolve, schedule_of

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from test_train import tiny
+from runs import tiny
 
 from adabatch_jax import policies, schedules, train
 from adabatch_jax.config import ConfigError, default_config

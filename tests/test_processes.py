@@ -14,8 +14,8 @@ import jax.flatten_util
 import numpy as np
 import pytest
 from conftest import ROOT
+from runs import StopAt, of_kind
 from several_processes import BOUND, FLAGS, NONE, commands, finish, free_port, start, tasks, two
-from test_train import StopAt, of_kind
 
 from adabatch_jax import distributed, main, metrics, train, train_state
 

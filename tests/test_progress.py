@@ -2,7 +2,7 @@
 
 import pytest
 from rich.console import Console
-from test_train import tiny
+from runs import tiny
 
 from adabatch_jax import main, progress, schedules, terminal, train
 

@@ -4,8 +4,8 @@ import errno
 import json
 
 import pytest
+from runs import StopAt, of_kind, tiny
 from test_statistical_runs import CONFIG
-from test_train import StopAt, of_kind, tiny
 
 from adabatch_jax import comparison, run, train, workdir
 from adabatch_jax.config import ConfigError

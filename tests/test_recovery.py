@@ -5,7 +5,7 @@ import os
 import socket
 
 import pytest
-from test_train import StopAt, of_kind, tiny
+from runs import StopAt, of_kind, tiny
 
 from adabatch_jax import checkpoint, metrics, train, workdir
 from adabatch_jax.config import ConfigError

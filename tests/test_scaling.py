@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from test_train import tiny
+from runs import tiny
 
 from adabatch_jax import benchmark, main, scaling, schedules, train
 

@@ -9,7 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_train import of_kind, tiny
+from runs import of_kind, tiny
 
 from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, terminal, train
 from adabatch_jax.config import resolve

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from fault_child import POINTS
-from test_train import StopAt, of_kind, tiny, without_times
+from runs import StopAt, of_kind, tiny, without_times
 
 from adabatch_jax import policies, schedules, steps, train, train_state
 from adabatch_jax.config import ConfigError, resolve
@@ -163,7 +163,7 @@ def test_a_run_killed_again_and_again_makes_the_same_decisions(tmp_path):
 
 def test_with_one_group_the_step_splits_the_batch_in_two(tmp_path):
     code = (
-        'from test_train import tiny; from adabatch_jax import train; '
+        'from runs import tiny; from adabatch_jax import train; '
         'changes = {"batch.policy": "noise_scale", "batch.base_size": 8, "batch.max_size": 16}; '
         'print([train.plan(tiny(**changes)).split(n) for n in (8, 16)], '
         'train.plan(tiny()).split(8))'

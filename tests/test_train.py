@@ -4,14 +4,14 @@ import dataclasses
 import json
 import math
 import shutil
-import threading
 
 import jax
 import numpy as np
 import pytest
+from runs import StopAt, of_kind, tiny, without_times
 
-from adabatch_jax import checkpoint, metrics, run, steps, train, train_state
-from adabatch_jax.config import ConfigError
+from adabatch_jax import checkpoint, evaluate, metrics, run, steps, train, train_state
+from adabatch_jax.config import ConfigError, resolve
 from adabatch_jax.input_pipeline import order
 
 SECONDS = 'setup', 'stall', 'input', 'log', 'evaluation', 'checkpoint'
@@ -54,55 +54,11 @@ FIELDS = {
 }
 
 
-class StopAt(threading.Event):
-    """Set from its n-th look on: a preemption in the n-th update."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.left = n
-
-    def is_set(self):
-        self.left -= 1
-        return self.left < 0
-
-
-def of_kind(directory, kind):
-    return [r for r in metrics.read_records(directory) if r['kind'] == kind]
-
-
-def without_times(records):
-    timed = {'time', 'examples_per_second', 'compile_seconds', 'stall_seconds', 'cache_hit'}
-    return [{k: v for k, v in r.items() if k not in timed} for r in records]
-
-
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     """One uninterrupted run of the tiny config, shared by the tests that look at it."""
     directory = tmp_path_factory.mktemp('finished')
     return directory, train.train(tiny(), directory)
-
-
-def tiny(**changes):
-    from adabatch_jax.config import default_config
-
-    config = default_config()
-    values = {
-        'num_epochs': 3.0,
-        'log_every_steps': 4,
-        'model.name': 'cnn',
-        'dataset.name': 'synthetic',
-        'dataset.num_examples': 100,
-        'dataset.image_size': 8,
-        'dataset.crop_padding': 1,
-        'dataset.eval_batch_size': 64,
-        'batch.base_size': 8,
-        'batch.growth_epochs': 1.0,
-        'learning_rate.effective': 0.02,
-        'learning_rate.reference_batch_size': 8,
-        'checkpoint_every_epochs': 0.5,
-    }
-    config.update_from_flattened_dict(values | changes)
-    return config
 
 
 def test_records_have_the_fields_that_readers_rely_on(finished):
@@ -173,6 +129,21 @@ def test_the_best_state_is_restored_by_that_name(finished, tmp_path):
         train_state.restore(tmp_path, 'best')
     with pytest.raises(TypeError):
         train_state.restore(directory, str(best['step']))
+
+
+def test_initial_weights_are_not_made_for_a_state_that_is_read(finished, monkeypatch):
+    create = train_state.create
+
+    def only_shapes(*args):
+        state = create(*args)
+        assert isinstance(state.step, jax.core.Tracer)
+        return state
+
+    monkeypatch.setattr(train_state, 'create', only_shapes)
+    directory, summary = finished
+    assert train.train(tiny(), directory) == summary
+    result = evaluate.evaluate_checkpoint(resolve(tiny()), directory)
+    assert result['accuracy'] == summary['final_accuracy']
 
 
 def test_the_same_config_gives_the_same_weights(finished, tmp_path):

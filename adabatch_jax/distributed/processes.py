@@ -220,11 +220,14 @@ def share(tree: Any) -> Any:
     """The arrays of the first process, in all, bit for bit, as numpy arrays.
 
     Args:
-      tree: pytree of arrays; the other processes give the same structure, shapes and dtypes.
+      tree: pytree of arrays; the other processes give the same structure, of arrays or their shapes.
     """
     if is_alone():
         return tree
-    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    leaves, structure = jax.tree.flatten(tree)
+    if not is_first():
+        leaves = [np.zeros(x.shape, x.dtype) for x in leaves]
+    leaves = list(map(np.asarray, leaves))
     # As bytes: the broadcast is a sum, which would turn -0.0 into 0.0.
     sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
     meet()
