@@ -125,17 +125,15 @@ def test_a_run_that_gets_sigterm_saves_and_ends_in_the_same_weights_and_records(
 
 
 def test_a_second_process_is_refused_while_the_first_one_trains(whole, tmp_path):
-    first = start(tmp_path)
+    first = start(tmp_path, 'SIGSTOP', 'a stage has begun', 1)
+    _, status = os.waitpid(first.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     try:
-        deadline = time.monotonic() + 120
-        while not metrics.read_records(tmp_path):
-            assert time.monotonic() < deadline and first.poll() is None
-            time.sleep(0.02)
         second = start(tmp_path)
         output, _ = second.communicate(timeout=200)
         assert second.returncode == 2, output
         assert f'is in use by process {first.pid} on ' in output
     finally:
-        status = finish(first, 0)
-    assert status == 0
+        first.send_signal(signal.SIGCONT)
+        finish(first, 0)
     assert result(tmp_path) == whole

@@ -137,7 +137,7 @@ def test_what_a_lost_process_leaves_is_told_in_one_line_and_ends_the_others():
         'sys.exit(p.abandon(e))'
     )
     address = f'localhost:{free_port()}'
-    ends = finish([start(('-c', code, address, k), devices=1) for k in range(4)], timeout=30)
+    ends = finish([start(('-c', code, address, k), devices=1) for k in range(4)], timeout=90)
     assert [status for _, status in ends] == [1, 9, 1, 1], ends
     assert ends[0][0].count('error: another process has ended') == 1 and 'closed)' in ends[0][0]
     assert not any('Traceback' in output for output, _ in ends)
