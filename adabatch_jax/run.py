@@ -54,8 +54,8 @@ class Run:
         self.state: train_state.TrainState = state
         self.host = host
         self.step = int(state.step)  # updates dispatched
-        # After the last update, and before it: what it has passed is due.
-        self.examples_seen = self.previous = int(state.examples_seen)
+        # Where the last update began and ended; the clock, past what is skipped before the upcoming one.
+        self.previous = self.end = self.examples_seen = int(state.examples_seen)
         self.began = began  # by ``time.perf_counter``, had nothing come between
         self.mark = time.perf_counter()  # end of the last update, or of a pause after it
         self.streams = Streams(functools.partial(open_stream, experiment, pipeline))
@@ -73,6 +73,7 @@ class Run:
             decided = dict(host.upcoming)
             self.upcoming = self.clock.update_at(decided.pop('start'), decided['batch_size'])
             self.decision = policies.Decision(**decided)
+            self.examples_seen = self.upcoming.start
 
     @property
     def epoch(self) -> float:
@@ -146,7 +147,9 @@ class Run:
                 self.decision = policies.checked(self.experiment.config.batch.policy, policy, decision)
             return self.decision.batch_size
 
-        self.upcoming = schedules.next_update(self.clock, self.examples_seen, batch_size_at)
+        self.upcoming = schedules.next_update(self.clock, self.end, batch_size_at)
+        start = self.upcoming.start if self.upcoming else self.clock.total_examples
+        self.examples_seen = max(self.end, start)
 
     @property
     def changes_stage(self) -> bool:
@@ -155,9 +158,7 @@ class Run:
         Its batch size differs, or the clock skips what is left of an epoch for a batch that does not
         fit: either way it takes another stream of batches.
         """
-        return (
-            self.upcoming.batch_size != self.host.batch_size or self.upcoming.start != self.examples_seen
-        )
+        return self.upcoming.batch_size != self.host.batch_size or self.upcoming.start != self.end
 
     @property
     def searches(self) -> bool:
@@ -209,8 +210,8 @@ class Run:
         self.host.gains |= self.decision.gain is not None
         before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
         self.step += len(updates)
-        self.previous = updates[-2].end if len(updates) > 1 else self.examples_seen
-        self.examples_seen = updates[-1].end
+        self.previous, self.end = updates[-1].start, updates[-1].end
+        self.examples_seen = self.end
         return before
 
     def observe(self, flight: InFlight | None) -> None:
@@ -307,7 +308,7 @@ class Run:
             self.stream = self.streams.take(update)
             stall_seconds = time.perf_counter() - began
             if update.batch_size != self.host.batch_size:
-                self.host.keep_transition(self.examples_seen, update.batch_size, self.decision.reason)
+                self.host.keep_transition(self.end, update.batch_size, self.decision.reason)
             self.has_grown = update.batch_size > self.host.batch_size
             self.host.batch_size = update.batch_size
             self.host.stage += new
@@ -378,6 +379,8 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluates and saves the end of the run unless that was done, and writes the summary."""
+        seen = distributed.put_everywhere(np.uint32(self.examples_seen))
+        self.state = self.state.replace(examples_seen=seen)
         if self.host.evaluation is None or self.host.evaluation['step'] != self.step:
             self.evaluate()
         self.save()

@@ -103,6 +103,26 @@ def test_evaluation_counts_the_whole_split_each_time(finished):
     assert {r['num_examples'] for r in evaluations} == {100}
 
 
+def test_what_an_epoch_has_left_for_a_batch_that_has_grown_is_passed_before_the_next_begins(tmp_path):
+    """10 updates with 8 of 100 examples; 64 do not fit into the 20 that are left."""
+    drop = {'num_epochs': 2.0, 'dataset.remainder': 'drop', 'batch.growth_factor': 8.0}
+    config = tiny(**drop, **{'batch.growth_epochs': 0.8, 'batch.max_size': 64})
+    summary = train.train(config, tmp_path / 'whole')
+    evaluations = [(r['step'], r['epoch']) for r in of_kind(tmp_path / 'whole', 'eval')]
+    assert evaluations == [(10, 1.0), (11, 2.0)]
+    assert [r['epoch'] for r in of_kind(tmp_path / 'whole', 'stage')] == [0.0, 1.0]
+    with pytest.raises(train.Preempted, match='update 10, epoch 1$'):
+        train.train(config, tmp_path / 'run', StopAt(9))
+    assert train.train(config, tmp_path / 'run')['params_digest'] == summary['params_digest']
+    for kind in ('stage', 'eval'):
+        whole, stopped = (without_times(of_kind(tmp_path / name, kind)) for name in ('whole', 'run'))
+        assert whole == stopped
+    config.num_epochs = 1.0
+    summary = train.train(config, tmp_path / 'short')
+    assert (summary['updates'], summary['epoch'], summary['examples_seen']) == (10, 1.0, 100)
+    assert train_state.restore(tmp_path / 'short').examples_seen == 100
+
+
 def test_training_learns_through_its_transitions(tmp_path):
     config = tiny(**{'num_epochs': 12.0, 'batch.growth_epochs': 4.0, 'learning_rate.effective': 0.05})
     summary = train.train(config, tmp_path)

@@ -147,15 +147,17 @@ class Clock:
           every_epochs: the intervals.
 
         Yields:
-          Each such number; their sum is the number of updates that begin before ``stop``.
+          Each such number; their sum is the number of updates that begin before ``stop``. A multiple
+          that the clock skips with a part of an epoch has passed before the update that comes then.
         """
         start, stop = map(operator.index, (start, stop))
         intervals = [self._interval(every) for every in every_epochs]
         while (first := self.update_at(start, batch_size)).start < stop:
+            start = first.start
             multiple = min(math.ceil((start // interval + 1) * interval) for interval in intervals)
             count, last = self.updates_before(start, min(multiple, stop), batch_size)
-            yield count or 1  # the multiple was skipped, and passes with the first
-            start = (last or first).end
+            yield count
+            start = last.end
 
 
 def next_update(clock: Clock, examples_seen: int, decide: Callable[[int], int]) -> Update | None:
