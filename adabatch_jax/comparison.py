@@ -15,7 +15,7 @@ from adabatch_jax import metrics
 from adabatch_jax.config import CONFIG_FILE, RUNTIME_KEYS, flatten, identifies_data
 
 Record = dict[str, Any]
-# Runs that differ in these are seeds of one experiment.
+# Runs that differ in this alone are seeds of one experiment.
 SEED = 'seed'
 # What a difference of losses in float32 can tell from 0.
 RESOLUTION = 1e-7
@@ -166,14 +166,9 @@ class Group:
             of_seeds.setdefault(run.config.get(SEED), []).append(run)
         return {seed: runs for seed, runs in of_seeds.items() if len(runs) > 1}
 
-    def mean(self, values: Iterable[float | None]) -> 'Spread | None':
-        """Of values of the runs; None where no run has one."""
-        known = [value for value in values if value is not None]
-        return Spread(statistics.fmean(known), min(known), max(known), len(known)) if known else None
-
     def of_summary(self, name: str) -> 'Spread | None':
         """A field of the ``summary`` records."""
-        return self.mean(run.summary.get(name) for run in self.runs if run.summary)
+        return Spread.of(run.summary.get(name) for run in self.runs if run.summary)
 
     def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, ...]:
         """Mean ``x``, and mean, smallest and largest ``y`` of the runs, as far as all have come.
@@ -202,6 +197,12 @@ class Spread:
     low: float
     high: float
     count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> 'Spread | None':
+        """That of the values that there are; None where there are none."""
+        known = [value for value in values if value is not None]
+        return cls(statistics.fmean(known), min(known), max(known), len(known)) if known else None
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -324,26 +325,24 @@ def comparison_rows(groups: Sequence[Group]) -> list[Record]:
     rows = []
     for g in groups:
         sizes = [s['batch_size'] for run in g.runs for s in stage_rows(run.records)]
+        finished = [run for run in g.runs if run.summary is not None]
         row = {
             'label': g.label,
             'runs': len(g.runs),
-            'finished': sum(run.summary is not None for run in g.runs),
+            'finished': len(finished),
             'epochs': max(run.epoch for run in g.runs),
             'batch_sizes': (min(sizes), max(sizes)) if sizes else None,
             'updates': g.of_summary('updates'),
             'accuracy': g.of_summary('final_accuracy'),
-            'train_seconds': g.mean(run.train_seconds for run in g.runs),
+            'train_seconds': Spread.of(run.train_seconds for run in g.runs),
             'wall_seconds': g.of_summary('wall_seconds'),
-            'epoch_seconds': g.mean(r.train_seconds / r.epoch for r in g.runs if r.summary and r.epoch),
+            'epoch_seconds': Spread.of(run.train_seconds / run.epoch for run in finished if run.epoch),
         }
-        first = rows[0] if rows else row
-
-        def against(name, combine, row=row, first=first):
-            a, b = row[name], first[name]
-            return combine(a.mean, b.mean) if a and b else None
-
-        row['accuracy_difference'] = against('accuracy', lambda a, b: a - b)
-        row['speedup'] = against('train_seconds', lambda a, b: b / a if a and b else None)
-        row['wall_speedup'] = against('wall_seconds', lambda a, b: b / a if a and b else None)
         rows.append(row)
+        own, first = row['accuracy'], rows[0]['accuracy']
+        row['accuracy_difference'] = own.mean - first.mean if own and first else None
+        for key, name in (('speedup', 'train_seconds'), ('wall_speedup', 'wall_seconds')):
+            own, first = row[name], rows[0][name]
+            known = own and first and own.mean and first.mean
+            row[key] = first.mean / own.mean if known else None
     return rows

@@ -60,9 +60,9 @@ p.note, ul.notes { color: #555; font-size: .9rem; max-width: 60rem; }
 def as_html(page: Page) -> str:
     """One page that needs nothing else."""
     parts = []
-    for number_, table in enumerate(page.tables):
+    for number, table in enumerate(page.tables):
         parts.append(html_table(table))
-        if number_ == 0:
+        if number == 0:
             drawn = (
                 f'<figure role="img" aria-label="{html.escape(name.replace("_", " "))}">'
                 f'{figures.svg(figure)}</figure>'
@@ -82,20 +82,14 @@ def as_html(page: Page) -> str:
 
 def html_table(table: Table) -> str:
     """A table as an element of a page."""
-    head = ''.join(
-        f'<th scope="col"{" class=text" if column == "reason" else ""}>{html.escape(column)}</th>'
-        for column in table.columns
-    )
-    text = [column == 'reason' for column in table.columns]
-    body = ''.join(
-        '<tr>'
-        + ''.join(
-            f'<td{" class=text" if is_text else ""}>{html.escape(cell)}</td>'
-            for cell, is_text in zip(row, text, strict=True)
-        )
-        + '</tr>'
-        for row in table.rows
-    )
+    look = [' class=text' if column == 'reason' else '' for column in table.columns]
+
+    def cells(begin: str, end: str, texts: Sequence[str]) -> str:
+        pairs = zip(look, texts, strict=True)
+        return ''.join(f'{begin}{kind}>{html.escape(text)}{end}' for kind, text in pairs)
+
+    head = cells('<th scope="col"', '</th>', table.columns)
+    body = ''.join(f'<tr>{cells("<td", "</td>", row)}</tr>' for row in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
     return (
         f'<h2>{html.escape(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
@@ -110,11 +104,11 @@ def as_markdown(page: Page, folder: str) -> str:
         return text.replace('|', '\\|')
 
     parts = ['# Runs compared']
-    for number_, table in enumerate(page.tables):
+    for number, table in enumerate(page.tables):
         rows = [table.columns, ['---'] * len(table.columns), *table.rows]
         lines = ('| ' + ' | '.join(map(cell, row)) + ' |' for row in rows)
         parts += [f'## {table.title}', '\n'.join(lines), table.note]
-        if number_ == 0:
+        if number == 0:
             address = urllib.parse.quote(folder)
             parts += [f'![{name.replace("_", " ")}]({address}/{name}.png)' for name in page.drawn]
     if page.notes:

@@ -54,19 +54,18 @@ def page(directories: Sequence[str], benchmark: str | None = None) -> Page:
     return Page(tables, all_figures(groups), [*notes(groups), *refused], len(runs))
 
 
-def number(spread: Spread | None, form: str, scale: float = 1.0) -> str:
-    """A mean, and its range where there are several values."""
+def number(spread: Spread | None, form: str = '', scale: float = 1.0) -> str:
+    """A mean, and its range where there are several values.
+
+    Without ``form`` with three digits, and more before the decimal point where there are.
+    """
     if spread is None:
         return '-'
+    form = form or (',.0f' if spread.high >= 100 else '.3g')
     text = format(scale * spread.mean, form)
     if spread.count == 1 or spread.low == spread.high:
         return text
     return f'{text} ({format(scale * spread.low, form)} to {format(scale * spread.high, form)})'
-
-
-def digits(spread: Spread | None) -> str:
-    """Three digits, and more before the decimal point where there are."""
-    return ',.0f' if spread and spread.high >= 100 else '.3g'
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
@@ -83,7 +82,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
                 number(row['updates'], ',.0f'),
                 number(row['accuracy'], '.2f', 100),
                 '-' if difference is None else f'{100 * difference:+.2f}',
-                number(row['epoch_seconds'], digits(row['epoch_seconds'])),
+                number(row['epoch_seconds']),
                 number(row['train_seconds'], ',.1f'),
                 '-' if row['speedup'] is None else f'{row["speedup"]:.2f}',
                 '-' if row['wall_speedup'] is None else f'{row["wall_speedup"]:.2f}',
@@ -163,12 +162,8 @@ def minima_table(groups: Sequence[Group]) -> Table:
     """Sharpness and curvature where the runs ended."""
     found = [minima(group) for group in groups]
     names = list(dict.fromkeys(name for values in found for name in values))
-
-    def cell(spread: Spread | None) -> str:
-        return number(spread, digits(spread))
-
     rows = [
-        (group.label, *(cell(group.mean(values.get(name, ()))) for name in names))
+        (group.label, *(number(Spread.of(values.get(name, ()))) for name in names))
         for group, values in zip(groups, found, strict=True)
     ]
     records = [run.minimum for group in groups for run in group.runs if run.minimum]
@@ -224,11 +219,10 @@ def notes(groups: Sequence[Group]) -> list[str]:
     for run in (run for group in groups for run in group.runs):
         if run.summary is None:
             found.append(f'{run.directory}: not finished, at epoch {run.epoch:.4g}')
-        found += [
-            f'{run.directory}: epoch {session["epoch"]:.4g}: {reason}'
-            for session in run.of_kind('session')
-            if any(what in (reason := str(session.get('reason'))) for what in CHANGED)
-        ]
+        for session in run.of_kind('session'):
+            reason = str(session.get('reason'))
+            if any(what in reason for what in CHANGED):
+                found.append(f'{run.directory}: epoch {session["epoch"]:.4g}: {reason}')
         if out_of_the_ordinary := comparison.out_of_the_ordinary(run.summary or {}):
             found.append(f'{run.directory}: {out_of_the_ordinary}')
         shown, more = run.skipped[:5], len(run.skipped) - 5
@@ -254,30 +248,18 @@ def all_figures(groups: Sequence[Group]) -> dict[str, Any]:
         ('eval', 'loss', 'test_loss', f'{evaluated(groups)} loss', 1),
         ('train', 'loss', 'training_loss', 'training loss', 1),
     ):
-        for axis, (x, xlabel, unit_) in axes.items():
+        for axis, (x, xlabel, divisor) in axes.items():
             marked = axis == 'epoch' and len(groups) <= 3
-            drawn = [curve(g, kind, x, y, 1 / unit_, scale, marked) for g in groups]
+            drawn = [curve(g, kind, x, y, 1 / divisor, scale, marked) for g in groups]
             found[f'{name}_by_{axis}'] = (drawn, xlabel, ylabel, {'log_y': is_wide(drawn)})
-    for y, name, ylabel in (
-        ('batch_size', 'batch_size', 'batch size, examples'),
-        ('learning_rate', 'learning_rate', 'learning rate'),
-    ):
-        drawn = [stepped(g, y) for g in groups]
-        found[f'{name}_by_epoch'] = (
-            drawn,
-            'epochs',
-            ylabel,
-            {'log_y': True, 'steps': y == 'batch_size'},
-        )
+    for y, ylabel in (('batch_size', 'batch size, examples'), ('learning_rate', 'learning rate')):
+        drawn, options = [stepped(g, y) for g in groups], {'log_y': True, 'steps': y == 'batch_size'}
+        found[f'{y}_by_epoch'] = (drawn, 'epochs', ylabel, options)
     drawn = [curve(g, 'train', 'epoch', 'noise_scale') for g in groups]
     found['noise_scale_by_epoch'] = (drawn, 'epochs', 'noise scale, examples', {'log_y': True})
     drawn = [curve(g, 'eval', 'gradient_evaluations', 'suboptimality') for g in groups]
-    found['suboptimality_by_gradients'] = (
-        drawn,
-        'gradients of examples',
-        'objective above its least value',
-        {'log_y': True},
-    )
+    ylabel = 'objective above its least value'
+    found['suboptimality_by_gradients'] = (drawn, 'gradients of examples', ylabel, {'log_y': True})
     result = {
         name: figures.lines(drawn, xlabel, ylabel, **options)
         for name, (drawn, xlabel, ylabel, options) in found.items()
