@@ -211,6 +211,9 @@ RUNTIME_KEYS = (
     *(f'analysis.{key}' for key in default_config().analysis),
 )
 
+# Keys that processes, and who evaluates a run, may have other values of.
+OF_A_MACHINE = ('compile.cache_dir', 'dataset.data_dir')
+
 # Sections and keys that a run may be continued with other values of, where that is asked for.
 SCHEDULE = ('num_epochs', 'batch.', 'learning_rate.', 'divergence.')
 
@@ -256,12 +259,14 @@ def schedule_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two schedules, as ``key (before, now)``."""
+def changes(
+    one: dict[str, Any], other: dict[str, Any], names: tuple[str, str] = ('before', 'now')
+) -> list[str]:
+    """What differs between two flat configs or parts of them, as ``key (1 before, 2 now)``."""
     return [
-        f'{key} ({before.get(key)!r} before, {now.get(key)!r} now)'
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        f'{key} ({one.get(key)!r} {names[0]}, {other.get(key)!r} {names[1]})'
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
     ]
 
 
@@ -273,10 +278,10 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def from_json(text: str) -> ml_collections.ConfigDict:
     """The inverse of ``to_json``: keys that are missing in an older file get their default."""
     config = default_config()
-    for key, value in flatten(json.loads(text)).items():
-        if key not in flatten(config):
-            raise ConfigError(f'config.json: unknown key {key}')
-        config.update_from_flattened_dict({key: _tuples(value)})
+    known, given = flatten(config), flatten(json.loads(text))
+    if unknown := [key for key in given if key not in known]:
+        raise ConfigError(f'config.json: unknown key {unknown[0]}')
+    config.update_from_flattened_dict({key: _tuples(value) for key, value in given.items()})
     return config
 
 
@@ -294,17 +299,14 @@ def differences(
     theirs: ml_collections.ConfigDict,
     may_differ: tuple[str, ...] = (),
 ) -> list[str]:
-    """The keys whose values differ, as ``key (ours, theirs)``.
+    """The keys whose values differ, as ``key (1 here, 2 there)``.
 
     ``RUNTIME_KEYS`` and those that begin with one of ``may_differ`` are left out; so is the folder of a
     data set that its name identifies.
     """
-    a, b = flatten(ours), flatten(theirs)
-    ignored = {*RUNTIME_KEYS, *(key for key in a.keys() | b.keys() if key.startswith(may_differ))}
-    if not identifies_data(ours.dataset.name):
-        ignored.add('dataset.data_dir')
-    return [
-        f'{key} ({a.get(key)!r} here, {b.get(key)!r} there)'
-        for key in sorted((a.keys() | b.keys()) - ignored)
-        if a.get(key) != b.get(key)
-    ]
+    ignored = {*RUNTIME_KEYS, *([] if identifies_data(ours.dataset.name) else ['dataset.data_dir'])}
+    here, there = (
+        {k: v for k, v in flatten(c).items() if k not in ignored and not k.startswith(may_differ)}
+        for c in (ours, theirs)
+    )
+    return changes(here, there, ('here', 'there'))

@@ -37,7 +37,7 @@ from adabatch_jax import (
     train,
     workdir,
 )
-from adabatch_jax.config import ConfigError, flatten, resolve, user_errors
+from adabatch_jax.config import OF_A_MACHINE, ConfigError, flatten, resolve, user_errors
 from adabatch_jax.experiment import describe
 
 # What a config file can add, and the work directory has only the name of.
@@ -227,7 +227,7 @@ def evaluate_run(values: flags.FlagValues) -> None:
     )
     if values.config is not None:
         own = flatten(values.config)
-        config.update_from_flattened_dict({key: own[key] for key in train.OF_A_MACHINE})
+        config.update_from_flattened_dict({key: own[key] for key in OF_A_MACHINE})
     result = evaluate.evaluate_checkpoint(
         resolve(config), values.workdir, values.checkpoint or 'latest', terminal.complain
     )

@@ -30,6 +30,7 @@ from adabatch_jax import (
 )
 from adabatch_jax.checkpoint import SaveFailed
 from adabatch_jax.config import (
+    OF_A_MACHINE,
     SCHEDULE,
     ConfigError,
     default_config,
@@ -42,8 +43,6 @@ from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.host_state import HostState
 from adabatch_jax.run import Diverged, Run
-
-OF_A_MACHINE = ('compile.cache_dir', 'dataset.data_dir')  # keys that processes may have other values of
 
 __all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
 

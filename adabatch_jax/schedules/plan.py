@@ -1,6 +1,7 @@
 """Plans: every stage of a run, worked out before its first update."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -114,8 +115,7 @@ class Plan:
         """Every update in order."""
         for stage in self.stages:
             updates = self.clock.updates(stage.start, stage.batch_size)
-            for _, update in zip(range(stage.num_updates), updates, strict=False):
-                yield update
+            yield from itertools.islice(updates, stage.num_updates)
 
     def learning_rate_schedule(self) -> optax.Schedule:
         """The plan's learning rates as an optax schedule over the update count, for any optimizer.
@@ -214,15 +214,10 @@ def make_plan(
     """Works out every stage of a run and refuses what would fail later in it.
 
     Args:
-      clock: the run's length and data.
+      clock, learning_rate, num_devices, max_per_device, microbatch_multiple, min_groups, planned: of
+        the ``Plan``.
       transitions: where batch sizes begin, in order, the first at 0 examples.
-      learning_rate: the coupling rule.
-      num_devices: devices over all processes.
-      max_per_device: largest microbatch of one device; 0 for no limit.
-      microbatch_multiple: what every microbatch has to be a multiple of.
-      min_groups: microbatches over all devices that every batch comes in at least.
       ladder: further batch sizes that decisions during the run may choose.
-      planned: whether ``transitions`` are all there will be.
       begun_on_others: whether batch sizes that do not divide over these devices may be those of a part
         that others train.
 
@@ -247,12 +242,11 @@ def make_plan(
     for size in sizes:
         if not begun_on_others or size < 1:
             plan.split(size)
-    splits = {size: plan.split(size) for size in plan.usable}
-    stages = _stages(clock, transitions, learning_rate, splits)
+    stages = _stages(clock, transitions, learning_rate)
     highest = max(max(stage.learning_rate_start, stage.learning_rate_end) for stage in stages)
     if not highest <= float(np.finfo(np.float32).max):
         raise ValueError(f'a learning rate of {highest:g} is more than single precision can hold')
-    return dataclasses.replace(plan, stages=stages)
+    return dataclasses.replace(plan, stages=stages).with_microbatches_up_to(max_per_device)
 
 
 def _check_fit(sizes: Iterable[int], first: int, num_examples: int) -> None:
@@ -268,12 +262,9 @@ def _check_fit(sizes: Iterable[int], first: int, num_examples: int) -> None:
 
 
 def _stages(
-    clock: Clock,
-    transitions: tuple[Transition, ...],
-    learning_rate: LearningRate,
-    splits: dict[int, tuple[int, int]],
+    clock: Clock, transitions: tuple[Transition, ...], learning_rate: LearningRate
 ) -> tuple[Stage, ...]:
-    """The stages that transitions in order lead to: those in which an update begins."""
+    """The stages that transitions in order lead to: those in which an update begins; not yet split."""
     stages = []
     position = 0
     stops = [min(t.examples_seen, clock.total_examples) for t in transitions[1:]]
@@ -285,13 +276,12 @@ def _stages(
             if position < stop:  # its batch does not fit into what is left of the epoch
                 position = start
             continue
-        microbatch_size, num_microbatches = splits.get(size, (0, 0))
         before = stages[-1] if stages else None
         stage = Stage(
             index=len(stages),
             batch_size=size,
-            microbatch_size=microbatch_size,
-            num_microbatches=num_microbatches,
+            microbatch_size=0,
+            num_microbatches=0,
             start=start,
             end=last.end,
             first_update=before.first_update + before.num_updates if before else 0,
