@@ -22,9 +22,8 @@ def is_kernel(params: Any) -> Any:
 
 def penalty(params: Any, weight_decay: float, decayed: str) -> jax.Array:
     """``wd / 2 |w|^2`` over the parameters that are decayed: what weight decay adds to the loss."""
-    chosen = is_kernel(params) if decayed == 'kernels' else jax.tree.map(lambda _: True, params)
-    squares = jax.tree.map(lambda w, d: jnp.sum(jnp.square(w)) if d else 0.0, params, chosen)
-    return weight_decay / 2 * sum(jax.tree.leaves(squares))
+    chosen = [w for w in jax.tree.leaves(params) if decayed == 'all' or is_kernel(w)]
+    return weight_decay / 2 * optax.tree.norm(chosen, squared=True)
 
 
 def scale_by_lars(

@@ -6,6 +6,8 @@ the weights, to first order, as far an epoch as the fixed batch with ``gamma_f =
 the decay of the effective learning rate, which is what this project's configs state.
 """
 
+import itertools
+
 from adabatch_jax.policies.base import PlannedPolicy, check_grows
 from adabatch_jax.schedules import Clock, LearningRate, grow_at
 
@@ -29,7 +31,7 @@ def create(config, rate: LearningRate, clock: Clock) -> PlannedPolicy:
     grown = {t.examples_seen for t in transitions}
     if config.learning_rate.rule != 'schedule':  # nothing decays, whatever the batch does
         return PlannedPolicy(transitions)
-    for before, event in zip((0, *events), events, strict=False):
+    for before, event in itertools.pairwise((0, *events)):
         start, last, end = map(clock.epoch, (before, event - 1, event))
         # From the last example too: a decay in the middle of a warm-up.
         if event not in grown and rate.effective_at(end) >= rate.effective_at([start, last]).max():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -29,7 +30,7 @@ def decay_events(rate, clock: Clock) -> tuple[int, ...]:
     if not rate.decay_at_epochs:
         return clock.multiples(rate.decay_epochs, 'decay_epochs')
     events = tuple(clock.examples(epoch) for epoch in rate.decay_at_epochs)
-    if any(b <= a for a, b in zip((0, *events), events, strict=False)):
+    if any(b <= a for a, b in itertools.pairwise((0, *events))):
         raise ValueError(
             f'decay_at_epochs: got {tuple(rate.decay_at_epochs)}; needs rising positive epochs'
         )
@@ -60,7 +61,7 @@ def effective_schedule(rate, clock: Clock) -> optax.Schedule:
         schedule = step_schedule(value, rate.decay_factor, events)
     elif rate.schedule == 'cosine':
         cosine = optax.cosine_decay_schedule(value, decay_length)
-        schedule = lambda epoch: cosine(jnp.maximum(epoch - warmup, 0))  # noqa: E731
+        schedule = optax.join_schedules([optax.constant_schedule(value), cosine], [warmup])
     elif rate.schedule == 'polynomial':
         schedule = optax.polynomial_schedule(value, 0.0, rate.power, decay_length, warmup)
     else:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ def check_transitions(transitions: Iterable[Transition]) -> tuple[Transition, ..
     if not transitions or transitions[0].examples_seen != 0:
         got = f'one after {transitions[0].examples_seen} examples' if transitions else 'none'
         raise ValueError(f'got {got} first; the first stage has to start at epoch 0')
-    for before, after in zip(transitions, transitions[1:], strict=False):
+    for before, after in itertools.pairwise(transitions):
         if after.examples_seen <= before.examples_seen:
             raise ValueError(
                 f'out of order: the stage of batch size {after.batch_size} starts after '
