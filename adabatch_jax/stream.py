@@ -170,7 +170,7 @@ class Snapshotter:
 def open_stream(experiment: Experiment, pipeline, update: Update) -> Stream:
     """The stream of the stage that begins with an update; its first batches are on the devices."""
     specs = experiment.train_specs(update.batch_size)
-    for spec in experiment.stage_specs(update.batch_size):  # all at the same time
+    for spec in experiment.stage_specs(update.batch_size):  # queued together, ahead of later stages'
         steps.CACHE.precompile(spec)
     compiled = {count: steps.CACHE.get(spec) for count, spec in specs.items()}
     stream = functools.partial(Stream, experiment.train_spec, update.batch_size, compiled)

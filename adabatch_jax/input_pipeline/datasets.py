@@ -367,28 +367,26 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     source = _source(dataset, seed)
     chosen = split_range(split, source.sizes)
     given = source.read(split_name(split))
+    what = f'data set {dataset.name}, split {split}'
     try:
         images, labels = map(np.asarray, given)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'data set {dataset.name}, split {split}: {error}; accepted: images of one shape and '
-            'their labels'
-        ) from error
+        raise ValueError(f'{what}: {error}; accepted: images of one shape and their labels') from error
     expected = (source.sizes[split_name(split)], *source.image_shape)
     if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
         raise ValueError(
-            f'data set {dataset.name}, split {split}: got images of {images.dtype} and labels of '
-            f'{labels.dtype}; expected uint8 and whole numbers'
+            f'{what}: got images of {images.dtype} and labels of {labels.dtype}; expected uint8 and '
+            'whole numbers'
         )
     if images.shape != expected or labels.shape != expected[:1]:
         raise ValueError(
-            f'data set {dataset.name}, split {split}: got images {images.shape} and labels '
-            f'{labels.shape}; expected {expected} and {expected[:1]}'
+            f'{what}: got images {images.shape} and labels {labels.shape}; expected {expected} and '
+            f'{expected[:1]}'
         )
     if not 0 <= labels.min() <= labels.max() < source.num_classes:
         raise ValueError(
-            f'data set {dataset.name}, split {split}: got labels {labels.min()} to {labels.max()}; '
-            f'expected labels from 0 on, below {source.num_classes}'
+            f'{what}: got labels {labels.min()} to {labels.max()}; expected labels from 0 on, below '
+            f'{source.num_classes}'
         )
     part = slice(chosen.start, chosen.stop)
     images = images[part]  # a view of what the source may keep for other runs of this process

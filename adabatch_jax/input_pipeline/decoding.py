@@ -21,6 +21,7 @@ from adabatch_jax.input_pipeline.datasets import (
     tensorflow,
 )
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
+from adabatch_jax.input_pipeline.in_memory import Batch
 
 tf = tensorflow()
 # Several images are decoded at once already. Kernels that split the work of one over threads as well
@@ -28,7 +29,6 @@ tf = tensorflow()
 with contextlib.suppress(RuntimeError):  # TensorFlow has been used in this process before
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
-Batch = dict[str, np.ndarray]
 Part = tuple[np.ndarray, np.ndarray]  # indices of examples, -1 for padding, and their epochs
 # What is damaged inside a record can make a message that is not text.
 _UNDECODABLE = (tf.errors.OpError, UnicodeDecodeError)
@@ -74,17 +74,7 @@ class EncodedPipeline:
         self._train = self._eval = None
 
     def train_batches(self, start: int, batch_size: int, num_parts: int = 1) -> Iterator[Batch]:
-        """This process's share of every batch from position ``start`` on, without end.
-
-        Args:
-          start: examples seen before the first batch.
-          batch_size: examples of a batch over all processes.
-          num_parts: in how many parts each batch comes, one after the other.
-
-        Yields:
-          ``image`` uint8 ``[n, side, side, channels]``, ``label`` int32 ``[n]`` (-1 for an image left
-          out) and ``example``, the index in the training split, int32 ``[n]``.
-        """
+        """As ``TfDataPipeline.train_batches``, with the label -1 for an image left out."""
 
         def parts(skipped):
             examples = order.update_examples(self._seed, self._clock, start, batch_size, num_parts)
@@ -95,11 +85,7 @@ class EncodedPipeline:
             yield batch
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every evaluation example once, this process's share; the last batch is padded.
-
-        Yields:
-          ``image``, ``label``, and ``mask``, float32 ``[n]``: 1 for an example, 0 for padding.
-        """
+        """As ``InMemory.eval_batches``."""
         rows = distributed.local_rows(batch_size)
 
         def parts(skipped):

@@ -16,6 +16,7 @@ from jax import lax
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
+from adabatch_jax.input_pipeline.datasets import load_split
 from adabatch_jax.input_pipeline.in_memory import InMemory
 
 
@@ -102,9 +103,9 @@ class DevicePipeline(InMemory):
     """Training batches of data that every device has; evaluation batches from the host."""
 
     def __init__(self, config, load: Load, examples_at: Callable):
+        images, labels = load_split(config.dataset, config.dataset.train_split, config.seed)
         super().__init__(config)
         self._examples_at = examples_at
-        images, labels = self.train
         rows = images.reshape(len(images), -1)
         data = {'image': rows, 'label': labels, 'seed': np.uint32(config.seed)}
         try:
@@ -117,7 +118,6 @@ class DevicePipeline(InMemory):
                 f'{load.num_bytes() / 2**30:.3g} GiB of {config.dataset.name}; choose a shorter '
                 "train_split, or 'tf_data' where the optimizer takes it"
             ) from error
-        self.train = None
 
     def close(self) -> None:
         """Forgets the data."""

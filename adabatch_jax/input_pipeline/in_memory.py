@@ -11,20 +11,14 @@ Batch = dict[str, np.ndarray]
 
 
 class InMemory:
-    """The training split, and the batches of evaluation.
-
-    Attributes:
-      train: images uint8 ``[n, height, width, channels]`` and labels int32 ``[n]``.
-    """
+    """The batches of evaluation; subclasses add those of training."""
 
     def __init__(self, config):
-        dataset = config.dataset
-        self.train = load_split(dataset, dataset.train_split, config.seed)
-        self._eval = load_split(dataset, dataset.eval_split, config.seed)
+        self._eval = load_split(config.dataset, config.dataset.eval_split, config.seed)
 
     def close(self) -> None:
         """Forgets the images."""
-        self.train = self._eval = None
+        self._eval = None
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every evaluation example once, this process's share; the last batch is padded.
@@ -36,14 +30,7 @@ class InMemory:
         rows = distributed.local_rows(batch_size)
         for start in range(0, len(labels), batch_size):
             part = slice(start + rows.start, min(start + rows.stop, len(labels)))
-            image, label = images[part], labels[part]
-            missing = rows.stop - rows.start - len(label)
-
-            def pad(array, missing=missing):
-                return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-
-            yield {
-                'image': pad(image),
-                'label': pad(label),
-                'mask': pad(np.ones(len(label), np.float32)),
-            }
+            batch = {'image': images[part], 'label': labels[part]}
+            batch['mask'] = np.ones(len(batch['label']), np.float32)
+            missing = rows.stop - rows.start - len(batch['label'])
+            yield {k: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for k, x in batch.items()}

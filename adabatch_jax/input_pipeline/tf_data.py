@@ -6,7 +6,7 @@ import numpy as np
 
 from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import order
-from adabatch_jax.input_pipeline.datasets import as_numpy_iterator, tensorflow
+from adabatch_jax.input_pipeline.datasets import as_numpy_iterator, load_split, tensorflow
 from adabatch_jax.input_pipeline.in_memory import Batch, InMemory
 
 tf = tensorflow()
@@ -16,12 +16,12 @@ class TfDataPipeline(InMemory):
     """Training and evaluation batches of this process, from arrays in host memory."""
 
     def __init__(self, config, clock):
+        images, self._labels = load_split(config.dataset, config.dataset.train_split, config.seed)
         super().__init__(config)
+        self._images = tf.constant(images)
         self._seed = config.seed
         self._clock = clock
         self._padding, self._flip = order.augmentation(config.dataset)
-        images, self._labels = self.train
-        self._images, self.train = tf.constant(images), None
 
     def close(self) -> None:
         """Forgets the images; tf.data keeps its generators, and through them the pipeline."""
