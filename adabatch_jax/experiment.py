@@ -289,13 +289,7 @@ def describe(
             f'config.divergence.action: got {action!r}; accepted with learning_rate.rule {rule!r}: stop '
             '(a search never takes a step to a loss that is not finite)'
         )
-    with user_errors('config.batch'):
-        coupling = policies.coupling(config)
-    with user_errors('config.learning_rate'):
-        effective = schedules.effective_schedule(config.learning_rate, clock)
-        if rule != 'schedule':  # where the first search begins
-            effective = optax.constant_schedule(config.learning_rate.effective)
-        rate = schedules.LearningRate(effective, coupling, config.learning_rate.reference_batch_size)
+    rate = _learning_rate(config, clock)
     policy = _policy(config, rate, clock)
     is_measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     statistics = policy.statistics or ('norms' if is_measured else '')
@@ -341,6 +335,17 @@ def _model(config, info) -> tuple[nn.Module, bool]:
         if has_batch_norm and model.batch_norm != 'local':
             models.frozen(model, info.image_shape, f'batch_norm {model.batch_norm!r}')
     return model, has_batch_norm
+
+
+def _learning_rate(config, clock) -> schedules.LearningRate:
+    with user_errors('config.batch'):
+        coupling = policies.coupling(config)
+    options = config.learning_rate
+    with user_errors('config.learning_rate'):
+        effective = schedules.effective_schedule(options, clock)
+        if options.rule != 'schedule':  # where the first search begins
+            effective = options.effective
+        return schedules.LearningRate(effective, coupling, options.reference_batch_size)
 
 
 def _policy(config, rate, clock) -> policies.Policy:

@@ -286,8 +286,8 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
 
 def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
     """Refuses another schedule for a run that has nothing left to train with it."""
-    now, clock = schedule_of(experiment.config), experiment.clock
-    is_another = any(now.get(key, value) != value for key, value in host['schedule'].items())
+    clock = experiment.clock
+    is_another = host['schedule'] != schedule_of(experiment.config)
     if is_another and examples_seen >= clock.total_examples:
         raise ConfigError(
             f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
@@ -343,13 +343,12 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
         initial = policies.as_saved(policy.initial_state())
         return HostState(now, initial, ladder=list(policy.ladder), devices=devices)
     names = {field.name for field in dataclasses.fields(HostState)}
-    saved = {'gradient_evaluations': examples_seen} | saved  # or of a version that did not count
     host = HostState(**{name: value for name, value in saved.items() if name in names})
-    is_same = host.schedule.get('batch.policy') == now['batch.policy']
+    is_same = host.schedule['batch.policy'] == now['batch.policy']
     if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):
         known, epoch = host.policy if is_same else {}, experiment.clock.epoch(examples_seen)
         host.policy = policy.continued(known, epoch, host.batch_size)
-    if host.devices and host.devices != devices:  # of a version that did not say, nothing is known
+    if host.devices != devices:
         host.policy = policy.on_other_devices(host.policy)
     host.ladder, host.devices = list(policy.ladder), devices
     return host
@@ -357,9 +356,7 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
 
 def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
     """The largest microbatch that a checkpoint was trained with, unless it or the ladder is another."""
-    ladder = list(experiment.policy.ladder)
-    if host is None or host.get('ladder', ladder) != ladder:
+    if host is None or host['ladder'] != list(experiment.policy.ladder):
         return None
-    if host['schedule'].get('batch.max_per_device') != experiment.config.batch.max_per_device:
-        return None
-    return host['max_per_device']
+    is_same = host['schedule']['batch.max_per_device'] == experiment.config.batch.max_per_device
+    return host['max_per_device'] if is_same else None

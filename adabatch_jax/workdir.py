@@ -103,11 +103,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       ConfigError: another process holds the lock, or the directory cannot be written to.
     """
-    path = workdir / LOCK_FILE
     try:
         missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(workdir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f'workdir: cannot write to {str(workdir)!r}: {error.strerror}') from error
     try:
@@ -115,13 +114,18 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if missing and os.listdir(workdir) == [LOCK_FILE]:
-                path.unlink()
-                with contextlib.suppress(OSError):  # others may have found a use for a parent
-                    for folder in missing:
-                        folder.rmdir()
+            _remove_unused(workdir, missing)
     finally:
         os.close(descriptor)
+
+
+def _remove_unused(workdir: pathlib.Path, made: list[pathlib.Path]) -> None:
+    """Removes the folders made for a work directory that has got no file but its lock."""
+    if made and os.listdir(workdir) == [LOCK_FILE]:
+        (workdir / LOCK_FILE).unlink()
+        with contextlib.suppress(OSError):  # others may have found a use for a parent
+            for folder in made:
+                folder.rmdir()
 
 
 def _lock(descriptor: int, workdir: pathlib.Path) -> None:
@@ -178,9 +182,7 @@ def write_schedule(
     """Writes the batch sizes that a run decided on, for policy ``replay``.
 
     Args:
-      experiment: of the run.
       stages: ``examples_seen``, ``batch_size`` and ``reason`` of each change of the batch size.
-      workdir: the run's work directory.
     """
     schedule = {
         'policy': experiment.config.batch.policy,

@@ -176,9 +176,10 @@ class PlannedPolicy(Policy):
 
 
 def nearest_rung(rungs: tuple[int, ...], batch_size: int) -> State:
-    """The ``rung`` of a ladder that is nearest to a batch size, as a ratio, and the ``reason``."""
+    """State at the ``rung`` of a ladder that is nearest to a batch size, as a ratio."""
     rung = min(range(len(rungs)), key=lambda k: abs(math.log(rungs[k] / batch_size)))
-    return {'rung': rung, 'reason': f'goes on with {rungs[rung]}, the nearest to {batch_size}'}
+    reason = f'goes on with {rungs[rung]}, the nearest to {batch_size}'
+    return {'rung': rung, 'reason': reason, 'inputs': {}}
 
 
 def decayed(sums: dict[str, float], quantities: dict[str, float], decay: float) -> dict[str, float]:

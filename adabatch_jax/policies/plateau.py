@@ -47,7 +47,7 @@ class PlateauPolicy(Policy):
 
     def continued(self, state: State, epoch: float, batch_size: int) -> State:
         state = state or self.initial_state() | {'epoch': int(epoch)}
-        return state | {'inputs': {}} | nearest_rung(self.ladder, batch_size)
+        return state | nearest_rung(self.ladder, batch_size)
 
     def observe(self, state: State, observation: Observation) -> State:
         if int(observation.epoch) > state['epoch']:
@@ -77,8 +77,7 @@ class PlateauPolicy(Policy):
         return state | {'rung': rung, 'reason': reason, 'epochs_without': 0, 'inputs': inputs}
 
     def decide(self, state: State, examples_seen: int) -> Decision:
-        # A checkpoint may come from a version that kept no inputs.
-        return Decision(self.ladder[state['rung']], state['reason'], state.get('inputs', {}))
+        return Decision(self.ladder[state['rung']], state['reason'], state['inputs'])
 
 
 def create(config, rate: LearningRate, clock: Clock) -> PlateauPolicy:

@@ -75,7 +75,7 @@ class StatisticalPolicy(Policy):
 
     def continued(self, state: State, epoch: float, batch_size: int) -> State:
         state = state or self.initial_state() | {'epoch': epoch}
-        return state | {'inputs': {}} | nearest_rung(self.ladder, batch_size)
+        return state | nearest_rung(self.ladder, batch_size)
 
     def on_other_devices(self, state: State) -> State:
         return state | {'times': {}}
