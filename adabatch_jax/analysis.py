@@ -177,13 +177,8 @@ def analyze(
     target, options = experiment.state_shapes, config.analysis
     loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
     records, file = [], workdir / FILE
-
-    def write(text):
-        with user_errors('workdir'):
-            write_whole(file, text)
-
     # What is there, so that a folder that cannot be written to says so now, not after an hour.
-    write(file.read_text(encoding='utf-8', errors='replace') if file.exists() else '')
+    _write(file, file.read_text(encoding='utf-8', errors='replace') if file.exists() else '')
     for step, state, host in _sound(folder, steps, target, report):
         progress(f'checkpoint {steps.index(step) + 1} of {len(steps)}: update {step:,}')
         began = time.perf_counter()
@@ -199,13 +194,18 @@ def analyze(
                 'seconds': time.perf_counter() - began,
             }
         )
-        write(_lines(records))
+        _write(file, _lines(records))
     if config.model.name == 'linear' and not experiment.info.is_encoded:
         optimum = minimum(experiment, *fixed_examples(experiment, experiment.info.num_train))
         if optimum is not None:
             records = [record | {'optimum': optimum} for record in records]
-            write(_lines(records))
+            _write(file, _lines(records))
     return records
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    with user_errors('workdir'):
+        write_whole(file, text)
 
 
 def _lines(records: list[dict[str, Any]]) -> str:

@@ -89,12 +89,7 @@ def predicted_seconds(plan: schedules.Plan, measured: list[Measured]) -> float |
 
 
 def control(config, experiment: Experiment) -> Experiment:
-    """A config's control: its first batch size throughout, in microbatches no larger than the run's.
-
-    Args:
-      config: of the run.
-      experiment: the same.
-    """
+    """A config's control: its first batch size throughout, in microbatches no larger than the run's."""
     found = describe(resolve(fixed(config, experiment.plan.stages[0].batch_size)))
     return found.with_microbatches_up_to(experiment.plan.max_per_device)
 
@@ -170,11 +165,7 @@ def scaled(
 ) -> dict[str, Any]:
     """Predicts the run and its control on other numbers of devices, prints that and draws it.
 
-    Args:
-      values: the command line.
-      config: of the run.
-      experiment: the same.
-      result: what was measured, as for the JSON file.
+    ``result`` is what was measured, as for the JSON file.
     """
     num_bytes = experiment.gradient_bytes
     between, seconds = network(values, num_bytes)
@@ -204,8 +195,7 @@ def shares(summary: dict[str, Any]) -> dict[str, float]:
     """
     wall = summary['wall_seconds']
     seconds = {key: summary.get(f'{key}_seconds', 0.0) for key in OVERHEADS}
-    steps_ = summary['train_seconds'] - seconds['input'] - seconds['log']
-    found = {'steps': steps_, **seconds}
+    found = {'steps': summary['train_seconds'] - seconds['input'] - seconds['log'], **seconds}
     found['other'] = max(0.0, wall - sum(found.values()))
     return {key: value / wall for key, value in found.items()}
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 import jax
 from absl import flags, logging
@@ -131,12 +132,16 @@ def _emptied_streams() -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
-                try:
-                    stream.flush()
-                except OSError:
-                    with open(os.devnull, 'wb') as nowhere:
-                        os.dup2(nowhere.fileno(), stream.fileno())
+            _empty(stream)
+
+
+def _empty(stream: TextIO | None) -> None:
+    with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, 'wb') as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @_emptied_streams()

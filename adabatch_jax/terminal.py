@@ -46,8 +46,8 @@ def _print(what: Any) -> None:
         is_table = isinstance(what, Table)
         try:
             # A log file has no width, and a table whose digits are cut off is of no use.
-            is_as_wide_as_it_is = is_table or not console.is_terminal
-            console.print(_whole(what) if is_table else what, soft_wrap=is_as_wide_as_it_is)
+            unwrapped = is_table or not console.is_terminal
+            console.print(_whole(what) if is_table else what, soft_wrap=unwrapped)
         except OSError as error:
             console.give_up(error)
 
@@ -104,14 +104,13 @@ def print_plan(plan: Plan, normalised_over: Callable[[Stage], int], note: str = 
     clock = plan.clock
     table = _table('Plan', 'stage', 'epochs', 'batch', 'split', 'BatchNorm', 'updates', 'learning rate')
     for stage in plan.stages:
+        n, over = stage.num_microbatches, normalised_over(stage)
         table.add_row(
             str(stage.index),
             f'{clock.epoch(stage.start):.5g} - {clock.epoch(stage.end):.5g}',
             f'{stage.batch_size:,}',
-            f'{plan.num_devices:,} x {n:,} x {stage.microbatch_size:,}'
-            if (n := stage.num_microbatches)
-            else '-',
-            f'{over:,}' if (over := normalised_over(stage)) else '-',
+            f'{plan.num_devices:,} x {n:,} x {stage.microbatch_size:,}' if n else '-',
+            f'{over:,}' if over else '-',
             f'{stage.num_updates:,}',
             _rates(plan, stage),
         )
@@ -240,12 +239,7 @@ def print_scaling(model: Model, rows: list[dict[str, float]]) -> None:
 
 
 def print_worthwhile(plan: Plan, model: Model) -> None:
-    """Prints for each stage of a plan, or each batch size that may be, how many of its devices pay off.
-
-    Args:
-      plan: of the run.
-      model: of its updates.
-    """
+    """Prints how many devices pay off in each stage of a plan, or with each batch size that may be."""
     num_devices = plan.num_devices
     table = _table(
         'Devices that pay off', 'stage', 'batch', 'devices', 'images/s', 'time', 'device hours',
@@ -307,15 +301,9 @@ def print_analysis(records: list[dict[str, Any]]) -> None:
         rows.append((f'sharpness, %, {where}', [f'{r["sharpness"][k]["value"]:.4g}' for _, r in found]))
     for key, name in (('hessian', 'Hessian'), ('gauss_newton', 'Gauss-Newton')):
         for k, _ in enumerate(records[0].get(f'{key}_eigenvalues', ())):
-            rows.append(
-                (
-                    f'{name}, eigenvalue {k + 1}',
-                    [
-                        f'{r[f"{key}_eigenvalues"][k]:.4g} +- {r[f"{key}_residuals"][k]:.1g}'
-                        for _, r in found
-                    ],
-                )
-            )
+            pairs = ((r[f'{key}_eigenvalues'][k], r[f'{key}_residuals'][k]) for _, r in found)
+            values = [f'{x:.4g} +- {error:.1g}' for x, error in pairs]
+            rows.append((f'{name}, eigenvalue {k + 1}', values))
     if 'hessian_trace' in records[0]:
         values = [f'{r["hessian_trace"]:.4g} +- {r["hessian_trace_error"]:.2g}' for _, r in found]
         rows.append(('Hessian, trace', values))

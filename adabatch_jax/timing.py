@@ -169,8 +169,7 @@ def measure(timed: list[tuple[Experiment, int]], repeats: int, pipeline=None) ->
       repeats: of each measurement.
       pipeline: for real input, of any of them; None for made-up images.
     """
-    state = timed[0][0].initial_state()
-    state = distributed.replicate(state)
+    state = distributed.replicate(timed[0][0].initial_state())
     benches = []
     for experiment, size in timed:
         terminal.say(f'compiling the step of batch size {size:,}')

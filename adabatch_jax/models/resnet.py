@@ -42,9 +42,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = norm_layer(self.batch_norm, self.dtype, train)
-        last_scale = nn.initializers.zeros_init() if self.zero_init_residual else (
-            nn.initializers.ones_init()
-        )  # fmt: skip
+        last_scale = nn.initializers.constant(0.0 if self.zero_init_residual else 1.0)
 
         def conv(x, features, kernel, stride=1):
             return residual_conv(features, kernel, stride, self.dtype)(x)
