@@ -121,7 +121,7 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     require(_BELOW_ONE, 'a number from 0 to below 1', lambda value: 0 <= value < 1)
     require(('analysis.trace_samples',), '0, or at least 2', lambda value: value != 1)
     require(('batch.statistics.min_groups',), 'at least 2', lambda value: value >= 2)
-    # Together a layer of fewer bytes than 2^63, which XLA counts with.
+    # Together these keep a layer below 2^63 bytes, the most that XLA counts.
     require(('dataset.image_size',), 'a whole number below 2^16', lambda value: value < 2**16)
     require(('dataset.num_classes',), 'a whole number below 2^24', lambda value: value < 2**24)
     require(('seed',), 'a whole number below 2^32', lambda value: value < 2**32)

@@ -68,9 +68,9 @@ def empty(is_shared: Callable[[str], bool] = bool) -> Iterator[None]:
 def enable(directory: str, is_shared: Callable[[str], bool] = bool) -> None:
     """Keeps compiled code on disk from one process to the next.
 
-    JAX writes what the first of several processes compiles. Where the others do not find it, they would
-    compile while the first one does not, and on GPUs wait for its part in the search for the fastest
-    kernels, for a day: then nothing is kept.
+    JAX lets only the first of several processes write. Others that cannot read what it wrote would
+    compile what the first finds there, and on GPUs wait for its part in the search for the fastest
+    kernels, for a day. So nothing is kept unless all see one folder.
 
     Args:
       directory: ``'auto'`` for ``~/.cache/adabatch_jax``, where each version of jaxlib has its own

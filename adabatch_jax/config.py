@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """A user's mistake: one clear line, exit status 2."""
 
 
-# What an argument may be the reason for.
+# What bad arguments make the parts raise.
 _OF_ARGUMENTS = (ValueError, OSError, OverflowError, MemoryError)
 
 
@@ -92,7 +92,7 @@ def default_config() -> ml_collections.ConfigDict:
     statistics.min_size = 0  # examples; floor of policies that may shrink, 0: base_size
     # Parts of a batch, over all devices, whose gradients are told apart, at least: more give better
     # estimates, and the same ones on any number of devices that divides them. Of each device policy
-    # inner_product tells at most 8 apart.
+    # inner_product tells at most 8 apart, or all where no number from 2 to 8 divides how many there are.
     statistics.min_groups = 2
     # Of the averages, for base_size examples (adascale: for reference_batch_size).
     statistics.decay = 0.99

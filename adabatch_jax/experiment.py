@@ -27,7 +27,7 @@ from adabatch_jax.config import ConfigError, user_errors
 
 # Examples that a dispatch is filled up with on an accelerator, by several updates with small batches.
 DISPATCH_EXAMPLES = 4096
-# Stretches from one pause to the next, by which it is told how many updates are made at once.
+# Stretches between pauses that are looked at, for the numbers of updates that dispatches will have.
 LOOKED_AT = 1000
 # Batch sizes whose steps are compiled before their stage: with up to three steps of each, those of the
 # present stage and the evaluation, no more than ``steps.StepCache`` keeps.
@@ -48,8 +48,12 @@ SEARCHED = (
 class Experiment:
     """The parts of a run, each usable by itself.
 
-    ``statistics`` of its gradients are measured, see ``policies.Policy``; ``note`` is for people who
-    read the plan.
+    Attributes:
+      load: makes images and labels on the devices; None where the data set does not live there.
+      statistics: of the gradients, which are measured; see ``policies.Policy``.
+      note: for people who read the plan.
+      reduction: takes noise out of the gradients, with SVRG and SAGA.
+      snapshots: when SVRG takes them, and of how many examples.
     """
 
     config: ml_collections.FrozenConfigDict
@@ -138,8 +142,9 @@ class Experiment:
     def train_specs(self, batch_size: int) -> dict[int, steps.StepSpec]:
         """The train steps that a batch size should need, by the number of updates that they make.
 
-        A single update is made where those left before a pause are too few. What will not be used is
-        not here, since the stages wait for it to be compiled; what is used all the same can be later.
+        A single update is made where those left before a pause are too few. Steps that will not be used
+        are left out, since a stage waits until all of its own are compiled; one that turns out to be
+        needed is compiled then.
         """
         count = self.updates_per_dispatch(batch_size)
         stretches = itertools.chain.from_iterable(
@@ -231,7 +236,7 @@ class Experiment:
 
     @property
     def gradients_of_example(self) -> int:
-        """Of each example of a batch that an update takes, but with SVRG, which counts by itself."""
+        """Gradients of each example that an update takes; SVRG counts its own."""
         return 2 if self.config.learning_rate.rule == 'barzilai_borwein' else 1  # either end of a step
 
     @property

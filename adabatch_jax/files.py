@@ -10,7 +10,8 @@ from collections.abc import Iterator
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """The file to write in place of another, whose place it then takes: whole or not at all.
 
-    Also where the process is killed. What is there and no file, as a pipe, is written to itself.
+    Also where the process is killed. What is there and is no regular file, such as a pipe, is written
+    to directly.
 
     Raises:
       OSError: what was raised inside, or it cannot take that place; with the name ``path``.
@@ -27,7 +28,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):  # as a rule it is there no more
+        with contextlib.suppress(OSError):  # usually it has been moved by then
             temporary.unlink()
 
 

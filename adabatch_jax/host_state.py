@@ -6,7 +6,7 @@ from typing import Any
 COUNTS = ('skipped', 'skipped_in_a_row', 'undecoded_in_a_row', 'fall_backs', 'probe_examples')
 # What keeps the devices waiting.
 OVERHEADS = ('setup', 'stall', 'input', 'log', 'evaluation', 'checkpoint', 'probe')
-PAUSES = ('evaluation', 'checkpoint', 'probe')  # which come again and again, not between updates
+PAUSES = ('evaluation', 'checkpoint', 'probe')  # that recur, and are no part of the seconds of ``train``
 SECONDS = ('wall', 'train', 'compile', *OVERHEADS)
 
 
@@ -75,5 +75,5 @@ class HostState:
 
     @property
     def paused_seconds(self) -> float:
-        """Seconds of what comes again and again and is not in ``train``."""
+        """Seconds of ``PAUSES``."""
         return sum(self.seconds[key] for key in PAUSES)

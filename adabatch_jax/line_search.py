@@ -31,10 +31,10 @@ def armijo(
       start: the step size to try first.
 
     Returns:
-      The step size, whether it was found, and where the next search is to begin. Uphill, and where the
-      decrease that is asked for is lost in rounding, none is found: then the step size is
-      ``start / 2**30``, and says nothing about later ones. Where it is 0, all that were tried were too
-      large.
+      The step size, whether one was found, and where the next search begins. Where the slope is not
+      negative, or the decrease asked for is lost in rounding, there is nothing to find: the step is
+      ``start / 2**30``, and the next search begins at ``start``. Where ``MAX_HALVINGS`` did not suffice
+      the step is 0, and the next search begins at the smallest that was tried.
     """
     before = loss(params)
 

@@ -256,7 +256,8 @@ def sigterm() -> Iterator[threading.Event]:
         return
 
     def ask(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `set` is not for a second one within it
+        # A second one inside `set` would wait for its lock for ever.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         stop.set()
 
     before = signal.signal(signal.SIGTERM, ask)

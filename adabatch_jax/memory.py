@@ -58,8 +58,8 @@ def fit(
 
     A microbatch has no more images than a device is given at once. The step of the largest batch is
     compiled, and as long as it needs too much, again with a microbatch that is smaller in proportion.
-    What a step needs grows with its microbatch from more than nothing, so that the search comes down
-    from above and stops at the first that fits.
+    A step needs some memory whatever its microbatch is, so a microbatch smaller in proportion may still
+    be too large: the search comes down from above and stops at the first that fits.
 
     Args:
       experiment: one with ``batch.max_per_device=0``, and steps to run; else it is returned as it is.

@@ -22,8 +22,8 @@ def why(run, reason: str) -> str:
 def session(run, reason: str) -> dict[str, Any]:
     """Of a ``session`` record: on what, and why a process does not simply begin, if it does not.
 
-    ``window_open``: whether updates before it are not in a ``train`` record yet, there where they are.
-    One that a process wrote of them that got further than its last checkpoint no longer counts.
+    ``window_open`` is there where the checkpoint holds sums of updates that no ``train`` record has yet.
+    A record of them, by a process that got further than its last checkpoint, no longer counts.
     """
     fields = {
         'reason': reason or 'begins',

@@ -33,7 +33,7 @@ from adabatch_jax.host_state import HostState
 from adabatch_jax.stream import EffectiveRates, InFlight, Stream, Streams, open_stream
 
 MEASURED = ('variance', 'squared_gradient', 'variance_along', 'squared_norm')  # of a step's sums
-GROWN = 2.0  # times the last learning rate is where a search begins after growth (De et al., 2017)
+GROWN = 2.0  # after growth a search begins at so many times the last learning rate (De et al., 2017)
 
 
 class Diverged(RuntimeError):

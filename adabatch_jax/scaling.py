@@ -156,7 +156,7 @@ class Model:
             gain = WORTH ** math.log2(more / found)
             if self.update(batch_size, found) >= gain * self.update(batch_size, more):
                 found = more
-            elif more >= 2 * found:  # fewer than twice as many may miss it by one more message alone
+            elif more >= 2 * found:  # below that, the cost of one more message alone may hide the gain
                 break
         return found
 

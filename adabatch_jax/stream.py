@@ -217,6 +217,6 @@ class Streams:
         return self._open(update)
 
     def close(self) -> None:
-        """Ends the thread; what it was opening is given up where that has not begun."""
+        """Ends the thread; a stream that has not begun to open is given up."""
         self._ahead = None
         self._executor.shutdown(wait=True, cancel_futures=True)

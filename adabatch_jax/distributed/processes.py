@@ -156,7 +156,7 @@ def from_first(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, in all; or what it raises there.
 
     Every process calls it in the same order, from one thread. ``make`` is called in the first process
-    only, which waits for the others with every thousandth message alone. What it returns has to be
+    only, which waits for the others only at every thousandth message. What it returns has to be
     picklable and small.
     """
     if is_alone():

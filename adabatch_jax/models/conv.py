@@ -59,6 +59,7 @@ _GROUP_PIXELS = 2**16
 _CHUNK_SUM = 2**12
 _CHUNK_EXAMPLES = 16, 64  # at least, for the sake of the innermost loop, and at most
 _MOST_ROWS_OF_CHUNKS = 16  # each is an operation to compile
+_FEWEST_CHANNELS = 16  # for a kernel larger than the output to become a matrix
 _FEWEST_FOR_MATRIX = 64  # images
 _LARGEST_MATRIX = 16  # times the kernel
 _FEW_CHANNELS = 16  # that the library does not take
@@ -205,7 +206,7 @@ def _convolve_groups(x, kernel, strides, padding):
         for size, k, stride in zip(x.shape[1:3], kernel.shape, strides, strict=False)
     ]
     overhangs = any(k > out for k, out in zip(kernel.shape, outputs, strict=False))
-    if overhangs and x.shape[-1] >= 16:
+    if overhangs and x.shape[-1] >= _FEWEST_CHANNELS:
         many = x.shape[0] * x.shape[3] >= _FEWEST_FOR_MATRIX
         copies = np.prod(x.shape[1:3]) * np.prod(outputs) / np.prod(kernel.shape[:2])
         product = _matrix_product if many and copies <= _LARGEST_MATRIX else _of_patches
@@ -255,7 +256,10 @@ def _strided(x, kernel, strides, padding, outputs):
 
 
 def _fit(x, axis, low, size):
-    """Zeros or a cut before and behind, for a size."""
+    """Zeros, or a cut, before and behind along an axis, so that it has ``size`` elements.
+
+    The old first one comes to ``low``.
+    """
     pads = [(0, 0, 0)] * x.ndim
     pads[axis] = (low, size - low - x.shape[axis], 0)
     return lax.pad(x, jnp.zeros((), x.dtype), pads)

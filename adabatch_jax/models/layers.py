@@ -46,8 +46,8 @@ class BatchNorm(nn.Module):
     Over groups of ``group`` consecutive examples it is Hoffer et al., 2017, algorithm 1: the statistics
     of a batch of any size are those of batches of ``group``, so that they mean the same in every stage.
     The running statistics move once, by the mean over the groups. Parameters and statistics are called
-    as those of ``nn.BatchNorm``. That keeps ``x`` and ``x - mean`` for the backward pass, this ``x``
-    alone: a seventh less memory for a training step of ResNet-20.
+    as those of ``nn.BatchNorm``, which keeps ``x`` and ``x - mean`` for the backward pass; this one has
+    ``x`` alone: a seventh less memory for a training step of ResNet-20.
 
     Attributes:
       train: normalises by the statistics of the batch, and moves the running ones.

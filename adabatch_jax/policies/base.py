@@ -22,7 +22,7 @@ class Observation:
       learning_rate: its learning rate.
       loss: mean training loss over its examples, before the update.
       seconds: wall time from the end of the update before to its own end; not a number where steps were
-        compiled meanwhile, which takes the time of the update's own work.
+        compiled meanwhile, which takes time from the update's own work.
       variance: estimate of tr(Sigma), the variance of the gradients of single examples; this and what
         follows where the policy asks for ``statistics``, else not a number.
       squared_gradient: estimate of ``|G|^2``, of the mean gradient without its noise; may be negative.

@@ -160,7 +160,10 @@ def measured_times(state: State) -> dict[int, float]:
 
 
 def _timed(times: dict[str, list], observation: Observation) -> dict[str, list]:
-    """The times with those of one more update; the first of a batch size waits for more than itself."""
+    """The times with those of one more update.
+
+    The first of a batch size is not in the mean, since it waits for more than itself.
+    """
     if math.isnan(observation.seconds):
         return times
     seen, mean = times.get(str(observation.batch_size), (0, 0.0))

@@ -51,7 +51,7 @@ class CompiledStep:
         return self.executable(*args)
 
 
-MOST_STEPS = 16  # that are kept
+MOST_STEPS = 16  # that a ``StepCache`` keeps
 # With them XLA's CPU backend compiles a small network in half the time. It makes machine code of a
 # fusion without MLIR, a whole context of which it would set up for each; newer versions cannot any more.
 # And LLVM does not unroll loops. Steps were seen from as fast as before to an eighth slower.

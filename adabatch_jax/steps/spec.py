@@ -14,7 +14,9 @@ from adabatch_jax.variance_reduction import Saga, Svrg
 
 AXIS_NAME = 'batch'  # of the mapped devices
 STATISTICS = ('', 'norms', 'inner_products')  # of the gradients of groups
-MOST_GROUPS = 8  # of a device, whose gradients are kept for inner products
+# Groups of a device whose gradients are kept apart for inner products, at most; there are more where no
+# number from 2 to this divides its microbatches.
+MOST_GROUPS = 8
 Batch = dict[str, Any]
 
 
