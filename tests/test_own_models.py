@@ -134,6 +134,10 @@ class Mixed(nn.Module):
         lambda x: jax.jit(nn.avg_pool, static_argnums=(1, 2, 3))(x, (3, 3), (1, 1), 'SAME'),
         lambda x: nn.Conv(4, (1, 1))(x),
         lambda x: nn.LayerNorm()(x),
+        lambda x: nn.LayerNorm(reduction_axes=(1, 2, 3))(x),
+        lambda x: nn.LayerNorm(reduction_axes=(1, 2, -1))(x),
+        lambda x: nn.RMSNorm(reduction_axes=(-3, -2))(x),
+        lambda x: nn.RMSNorm(reduction_axes=3)(x),
         lambda x: nn.BatchNorm(use_running_average=True)(x),
         lambda x: nn.Dropout(0.5, deterministic=True)(x),
         lambda x: conv.enter(nn.Conv(4, (3, 3))(conv.leave(x))) if x.ndim == 5 else x,
@@ -148,6 +152,17 @@ def test_models_are_refused_where_logits_of_an_image_would_depend_on_others(laye
     with refused if is_mixed else contextlib.nullcontext():
         models.check_model(model, (6, 6, 1), 3)
     assert not is_mixed or entered
+
+
+@pytest.mark.parametrize('dims', [(), (1, 2, 3), (-2,), (1, 2), (1, 2, -1)])
+def test_dropout_is_refused_where_one_image_is_dropped_with_others(dims):
+    x = conv.enter(jnp.ones((50, 6, 6, 4)))
+    drops = nn.Dropout(0.5, broadcast_dims=dims, deterministic=False)
+    dropped = conv.leave(drops.apply({}, x, rngs={'dropout': jax.random.key(0)}))
+    is_shared = (dropped == dropped[:1]).all()
+    refused = pytest.raises(ValueError, match='Dropout_0, a layer of Flax, takes the examples')
+    with refused if is_shared else contextlib.nullcontext():
+        models.check_model(Mixed(3, lambda x: nn.Dropout(0.5, dims)(x, True)), (6, 6, 1), 3)
 
 
 def test_they_are_refused_too_where_images_are_so_large_that_each_is_a_group():

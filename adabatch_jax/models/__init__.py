@@ -3,8 +3,8 @@
 To add one, write a linen module that takes ``num_classes``, ``batch_norm`` and ``dtype``, and name it
 in ``MODELS``. From ``conv.enter`` to ``layers.flatten``, ``layers.mean_over_pixels`` or ``conv.leave``
 images are ``[groups, height, width, examples, channels]`` on a CPU: there it has layers of this package
-and those that look at one pixel, as ``nn.Dense``, ``nn.LayerNorm`` and ``nn.Dropout`` do.
-``check_model`` refuses others.
+and those that look at one pixel, as ``nn.Dense``, ``nn.LayerNorm`` and ``nn.Dropout`` do, or along the
+axes 1, 2 and -1. ``check_model`` refuses others.
 """
 
 import functools

@@ -2,7 +2,8 @@
 
 On a CPU ``conv.enter`` gives images five axes, ``[groups, height, width, examples, channels]``. Layers
 of Flax that look at several pixels would look along the last axes before the channels, without a word:
-a convolution along width and examples, the statistics of GroupNorm along all examples of a group.
+a convolution along width and examples, the statistics of GroupNorm along all examples of a group. And
+so would those that are told to look along axis 3. The axes of an image are 1, 2 and -1 in any layout.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from adabatch_jax.models.conv import enter
 
 _WINDOWS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 _WHOLE_IMAGES = (nn.GroupNorm, nn.InstanceNorm, nn.MultiHeadDotProductAttention)
+_AXES = {nn.LayerNorm: 'reduction_axes', nn.RMSNorm: 'reduction_axes', nn.Dropout: 'broadcast_dims'}
+_OF_EXAMPLES = {0, 3}
 
 
 def eval_shape(function: Callable, key: jax.Array, images: jax.ShapeDtypeStruct) -> Any:
@@ -39,8 +42,8 @@ def eval_shape(function: Callable, key: jax.Array, images: jax.ShapeDtypeStruct)
     def refuse(what):
         raise ValueError(
             f'{what} takes the examples of a batch for pixels in the layout of conv.enter; accepted '
-            'there: layers that look at one pixel, and those of adabatch_jax.models; call conv.leave '
-            'first, or do without conv.enter'
+            'there: layers that look at one pixel or along the axes 1, 2 and -1, and those of '
+            'adabatch_jax.models; call conv.leave first, or do without conv.enter'
         )
 
     def call(method, args, kwargs, context):
@@ -48,6 +51,10 @@ def eval_shape(function: Callable, key: jax.Array, images: jax.ShapeDtypeStruct)
         is_wide = isinstance(layer, _WHOLE_IMAGES)
         if isinstance(layer, _WINDOWS):
             is_wide = max(np.max(layer.kernel_size), np.max(layer.strides or 1)) > 1
+        for kind, axes in _AXES.items():
+            if isinstance(layer, kind):
+                axes = np.atleast_1d(getattr(layer, axes)) % len(entered)
+                is_wide = not _OF_EXAMPLES.isdisjoint(axes)
         if is_wide and any(is_entered(np.shape(x)) for x in jax.tree.leaves((args, kwargs))):
             refuse(f'{"/".join(layer.path)}, a layer of Flax,')
         return method(*args, **kwargs)
