@@ -49,6 +49,25 @@ def scale_by_lars(
     return optax.stateless(lambda updates, params: jax.tree.map(update_leaf, updates, params))
 
 
+def _is_hyperparameter(path, _) -> bool:
+    """Or what is kept of a schedule in its place; a parameter of the model may have the same name."""
+    return any(getattr(key, 'name', '').startswith('hyperparams') for key in path[-2:-1])
+
+
+def learning_rates(opt_state: Any) -> list[Any]:
+    """What the state of an optimizer holds as ``learning_rate``: one scalar for those of ``create``.
+
+    None without such a hyperparameter; a scalar and the schedule's state where that is a schedule.
+    """
+    found = optax.tree.get_all_with_path(opt_state, 'learning_rate', _is_hyperparameter)
+    return [value for _, value in found]
+
+
+def with_learning_rate(opt_state: Any, learning_rate: jax.typing.ArrayLike) -> Any:
+    """The state of an optimizer for an update with a learning rate, a float32 scalar."""
+    return optax.tree.set(opt_state, _is_hyperparameter, learning_rate=learning_rate)
+
+
 @functools.cache
 def create(
     name: str,
@@ -64,8 +83,8 @@ def create(
 ) -> optax.GradientTransformation:
     """An optimizer whose state holds ``learning_rate`` as a hyperparameter.
 
-    Set it before an update with ``optax.tree.set(opt_state, learning_rate=...)``. Equal arguments
-    give the same object, so that compiled steps can be found again by their optimizer.
+    Set it before an update with ``with_learning_rate``. Equal arguments give the same object, so that
+    compiled steps can be found again by their optimizer.
 
     Args:
       name: one of ``OPTIMIZERS``. ``sgd``: ``v <- m v + g + wd w``, ``w <- w - lr v``, with the

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
 from adabatch_jax import (
     checkpoint,
@@ -21,6 +20,7 @@ from adabatch_jax import (
     distributed,
     memory,
     metrics,
+    optimizers,
     policies,
     schedules,
     steps,
@@ -328,8 +328,8 @@ def _search_from_effective(
         return state
     start = experiment.config.learning_rate.effective
     host['observed']['learning_rate'] = start
-    rate = jnp.full_like(optax.tree.get(state.opt_state, 'learning_rate'), start)
-    return state.replace(opt_state=optax.tree.set(state.opt_state, learning_rate=rate))
+    rates = [jnp.full_like(rate, start) for rate in optimizers.learning_rates(state.opt_state)]
+    return state.replace(opt_state=optimizers.with_learning_rate(state.opt_state, *rates))
 
 
 def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_seen: int) -> HostState:

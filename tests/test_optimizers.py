@@ -15,7 +15,7 @@ from adabatch_jax.config import default_config
 def updates_of(optimizer, params, grads, rate, count=1):
     state, history = optimizer.init(params), []
     for _ in range(count):
-        state = optax.tree.set(state, learning_rate=rate)
+        state = optimizers.with_learning_rate(state, rate)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         history.append(updates)

@@ -275,9 +275,29 @@ def test_a_loss_that_is_not_finite_is_seen_though_the_weights_are():
 
 def test_learning_rate_enters_through_the_optimizers_hyperparameter():
     optimizer = optimizers.create('sgd', momentum=0.0)
-    state = optax.tree.set(optimizer.init({'w': jnp.ones(2)}), learning_rate=0.25)
+    state = optimizers.with_learning_rate(optimizer.init({'w': jnp.ones(2)}), 0.25)
     updates, _ = optimizer.update({'w': jnp.array([1.0, 2.0])}, state, {'w': jnp.ones(2)})
     np.testing.assert_allclose(updates['w'], [-0.25, -0.5])
+
+
+class Named(nn.Module):
+    parameter: str
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return images.mean((1, 2)) @ self.param(self.parameter, nn.initializers.ones, (3, 4))
+
+
+@pytest.mark.parametrize('rule', ['schedule', 'armijo'])
+def test_a_parameter_may_be_called_learning_rate(rule):
+    def trained(parameter):
+        spec = dataclasses.replace(make_spec(Named(parameter), momentum=0.9), rule=rule)
+        state = make_state(spec)
+        for seed in range(2):
+            state, _ = run_step(spec, state, make_batch(seed=seed))
+        return state.params[parameter]
+
+    np.testing.assert_array_equal(trained('learning_rate'), trained('w'))
 
 
 def test_unknown_optimizer_and_model_list_what_exists():

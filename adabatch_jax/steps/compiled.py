@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from adabatch_jax import compilation_cache, malloc, train_state
+from adabatch_jax import compilation_cache, malloc, optimizers, train_state
 from adabatch_jax.steps.pure import (
     accumulate,
     apply_gradients,
@@ -116,8 +115,8 @@ def _shapes(spec: StepSpec) -> tuple:
     )
     if not spec.train:
         return state.variables, batch_shapes(spec)
-    rates = optax.tree.get_all_with_path(state.opt_state, 'learning_rate')
-    if not rates or not all(isinstance(rate, jax.ShapeDtypeStruct) for _, rate in rates):
+    rates = optimizers.learning_rates(state.opt_state)
+    if not rates or not all(isinstance(rate, jax.ShapeDtypeStruct) for rate in rates):
         raise ValueError(
             f'optimizer: got one whose state has {"a schedule" if rates else "no learning_rate"}; '
             'accepted: of optimizers.create, or optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'

@@ -260,7 +260,7 @@ def apply_gradients(
         params, opt_state, size = _search(spec, state, grads, sums, batch, learning_rate)
         sums['learning_rate'] = size
     else:
-        opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
+        opt_state = optimizers.with_learning_rate(state.opt_state, learning_rate)
         updates, opt_state = spec.optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     finite = _all_finite((sums['loss'], params, batch_stats, _moments(opt_state)))
@@ -307,9 +307,9 @@ def _search(
     def with_penalty(grads, params):
         return jax.tree.map(jnp.add, grads, jax.grad(penalty)(params))
 
-    last = optax.tree.get(state.opt_state, 'learning_rate')
+    [last] = optimizers.learning_rates(state.opt_state)
     start = jnp.where(state.step == 0, given, last * given)
-    opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.ones_like(start))
+    opt_state = optimizers.with_learning_rate(state.opt_state, jnp.ones_like(start))
     direction, opt_state = spec.optimizer.update(grads, opt_state, state.params)
     grads = with_penalty(grads, state.params)
     slope = gradient_statistics.inner_product(grads, direction)
@@ -323,7 +323,7 @@ def _search(
         noise = jnp.where(spec.fraction < 1, noise, 0.0)
         curved = line_search.barzilai_borwein(step, change, size, noise, spec.fraction)
         following = jnp.where(is_found, curved, following)
-    return params, optax.tree.set(opt_state, learning_rate=following), size
+    return params, optimizers.with_learning_rate(opt_state, following), size
 
 
 def _statistics(spec: StepSpec, grads: Any, groups: Any, squared_norms: Any) -> dict[str, jax.Array]:
