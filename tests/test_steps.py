@@ -280,6 +280,13 @@ def test_learning_rate_enters_through_the_optimizers_hyperparameter():
     np.testing.assert_allclose(updates['w'], [-0.25, -0.5])
 
 
+@pytest.mark.parametrize('axes', [{'axis': -1, 'keepdims': True}, {}])
+def test_a_loss_of_other_than_one_number_for_each_example_is_refused(axes):
+    spec = dataclasses.replace(make_spec(), loss=lambda z, y: jnp.sum(z**2, **axes))
+    with pytest.raises(ValueError, match=r'loss: gives shape \(.*\) for labels \(8,\); accepted: one'):
+        steps.compile_step(spec)
+
+
 class Named(nn.Module):
     parameter: str
 

@@ -21,6 +21,9 @@ Totals = tuple[Any, Any, dict[str, jax.Array]]  # sums of gradients, of running 
 
 def _sums(spec, logits, labels, mask):
     of_examples = spec.loss(logits, labels)
+    if jnp.shape(of_examples) != labels.shape:  # with a mask it would be broadcast to what is no loss
+        shapes = f'shape {jnp.shape(of_examples)} for labels {labels.shape}'
+        raise ValueError(f'loss: gives {shapes}; accepted: one number for each example')
     correct = jnp.argmax(logits, axis=-1) == labels
     return {
         'loss': jnp.sum(of_examples * mask),

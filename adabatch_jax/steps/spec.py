@@ -61,8 +61,8 @@ class StepSpec:
       load: where the data set lives on the devices, what makes images and labels of it there; see
         ``input_pipeline.device.Load``. None where batches come with their images.
       num_updates: updates that one call of a train step makes, one after the other.
-      loss: of each example, from logits and labels; a name in ``losses.LOSSES`` stands for what it
-        names when the spec is made.
+      loss: of each example ``[n]``, from logits and labels; a name in ``losses.LOSSES`` stands for what
+        it names when the spec is made.
       reduction: what takes noise out of the gradients; it needs ``load``, to know the examples.
       snapshot: a step that adds to a snapshot of ``reduction``, rather than a train step.
       quick: compiled in less time, for a step that may be slower; on a CPU.
