@@ -171,6 +171,21 @@ def test_they_are_refused_too_where_images_are_so_large_that_each_is_a_group():
         models.check_model(model, (200, 200, 1), 3)
 
 
+@pytest.mark.parametrize(
+    'entered, layer',
+    [
+        (False, lambda x: x.reshape(len(x) // 2, 2, -1).reshape(x.shape)),
+        (True, lambda x: x * jnp.ones((len(x), 1, 1, 1))),
+        (True, lambda x: nn.Dense(4, kernel_init=nn.with_partitioning(nn.zeros_init(), ('a', 'b')))(x)),
+    ],
+    ids=['pairs of examples', 'a mask of the first axis', 'another map'],
+)
+def test_what_fails_with_one_image_or_many_or_in_a_map_is_told_before_a_run(entered, layer):
+    message = r'Mixed cannot take images of \(6, 6, 1\): .* \(.*/test_own_models.py, line \d+\)$'
+    with pytest.raises(ValueError, match=message):
+        models.check_model(Mixed(3, layer, entered), (6, 6, 1), 3)
+
+
 def test_a_module_in_place_of_its_class_is_refused_by_the_plan(monkeypatch):
     monkeypatch.setitem(models.MODELS, 'wrong', Wrong(10, 'nothing'))
     with pytest.raises(ConfigError, match='config.model: model wrong: MODELS has a module; accepted: '):

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adabatch_jax.models import alexnet, cnn, linear, resnet, resnet_cifar, shapes, vgg
-from adabatch_jax.models.layers import MOMENTUM, check_batch_norm
+from adabatch_jax.models import alexnet, cnn, conv, linear, resnet, resnet_cifar, shapes, vgg
+from adabatch_jax.models.layers import AXIS_NAME, MOMENTUM, check_batch_norm
 
 __all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'frozen', 'get_model']
 
@@ -43,6 +43,7 @@ for _blocks, _widen in ((2, 4), (4, 10), (6, 2)):
 for _depth, (_bottleneck, _depths) in resnet.DEPTHS.items():
     MODELS[f'resnet{_depth}'] = functools.partial(resnet.ResNet, _bottleneck, _depths)
 
+_KEPT = 'params', 'batch_stats'  # collections of variables, in a train state
 # Where no line of a user's own is: Python and what models are made of and called by, this package too.
 _LIBRARIES = (os.__file__, flax.__file__, jax.__file__, np.__file__, os.path.dirname(__file__))
 _LIBRARIES = ('<string>', *(os.path.dirname(file) + os.sep for file in _LIBRARIES))
@@ -96,29 +97,40 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes
 
 @functools.lru_cache(64)  # to trace a network takes up to a second
 def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> dict[str, Any]:
-    """As for ``check_model``; a network's convolutions depend on the backend."""
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    """As for ``check_model``; a network's convolutions depend on the backend.
 
-    def both(key, images):
+    The model is called as in a run: to make its weights with one image, else inside a map over devices,
+    with any number of images, so that a CPU may have several groups of them.
+    """
+    sizes = 2, conv.several_groups(*image_shape[:2])
+    few, many = (jax.ShapeDtypeStruct((n, *image_shape), jnp.float32) for n in sizes)
+    mesh, whole = jax.sharding.AbstractMesh((1,), (AXIS_NAME,)), jax.sharding.PartitionSpec()
+
+    def as_in_a_run(key, few, many):
         local = model.clone(batch_norm='local')  # of no groups, and without other devices
-        variables = local.init(key, images, train=False)
-        kept = {name: variables[name] for name in ('params', 'batch_stats') if name in variables}
-        rngs = {'dropout': key}
-        outputs, _ = local.apply(kept, images, train=True, mutable=['batch_stats'], rngs=rngs)
-        return kept, outputs, local.apply(kept, images, train=False)
+        variables = local.init(key, few[:1], train=False)
+
+        def both(variables):
+            kept = {name: variables[name] for name in _KEPT if name in variables}
+            rngs = {'dropout': key}
+            outputs, _ = local.apply(kept, many, train=True, mutable=['batch_stats'], rngs=rngs)
+            return local.apply(kept, few, train=False), outputs
+
+        mapped = jax.shard_map(both, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+        return variables, *mapped(variables)
 
     name = type(model).__name__
     try:
-        variables, *outputs = shapes.eval_shape(both, jax.random.key(0), images)
+        variables, *outputs = shapes.eval_shape(as_in_a_run, jax.random.key(0), few, many)
     except Exception as error:  # whatever a layer makes of an image that has shrunk to nothing
         cause = next(iter(str(error).splitlines()), '')
         raise ValueError(
             f'{name} cannot take images of {image_shape}: {type(error).__name__}: {cause}{_place(error)}'
         ) from error
-    wrong = [getattr(x, 'shape', type(x).__name__) for x in outputs]
-    wrong = [shape for shape in wrong if shape != (2, num_classes)]
-    if wrong:
-        raise ValueError(f'{name} gives {wrong[0]} for 2 images; accepted: logits {(2, num_classes)}')
+    for n, x in zip(sizes, outputs, strict=True):
+        shape, wanted = getattr(x, 'shape', type(x).__name__), (n, num_classes)
+        if shape != wanted:
+            raise ValueError(f'{name} gives {shape} for {n} images; accepted: logits {wanted}')
     if 'params' not in variables:
         raise ValueError(f'{name} has no parameters; accepted: a network that can be trained')
     for what, arrays in {'variables': variables, 'logits': outputs}.items():

@@ -82,6 +82,11 @@ def group_size(batch: int, pixels: int) -> int:
     return min(divisors, key=lambda size: max(size / best, (best / size) ** 3))
 
 
+def several_groups(height: int, width: int) -> int:
+    """A batch size that makes groups in ``enter``: more of them than an image is high."""
+    return (height + 1) * max(1, _GROUP_PIXELS // (height * width))
+
+
 def enter(images: jax.Array) -> jax.Array:
     """Images ``[batch, height, width, channels]`` in the layout that models compute in."""
     if not in_groups():

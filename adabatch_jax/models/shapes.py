@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from adabatch_jax.models.conv import enter
+from adabatch_jax.models.conv import enter, in_groups
 
 _WINDOWS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 _WHOLE_IMAGES = (nn.GroupNorm, nn.InstanceNorm, nn.MultiHeadDotProductAttention)
@@ -21,23 +21,23 @@ _AXES = {nn.LayerNorm: 'reduction_axes', nn.RMSNorm: 'reduction_axes', nn.Dropou
 _OF_EXAMPLES = {0, 3}
 
 
-def eval_shape(function: Callable, key: jax.Array, images: jax.ShapeDtypeStruct) -> Any:
+def eval_shape(function: Callable, key: jax.Array, *batches: jax.ShapeDtypeStruct) -> Any:
     """As ``jax.eval_shape``, of a function that calls models.
 
     Args:
-      function: of the other two.
+      function: of the others.
       key: for random numbers.
-      images: ``[batch, height, width, channels]``.
+      *batches: images ``[batch, height, width, channels]``.
 
     Raises:
       ValueError: a layer or a window of pooling would take examples for pixels.
     """
-    entered = jax.eval_shape(enter, images).shape
+    entered = [jax.eval_shape(enter, images).shape for images in batches if in_groups()]
     # As they are, or where a model has made images smaller before, all examples in a group.
-    groups_and_examples = entered[::3], (1, len(images))
+    groups_and_examples = {(1, len(images)) for images in batches} | {shape[::3] for shape in entered}
 
     def is_entered(shape):
-        return len(shape) == len(entered) == 5 and shape[::3] in groups_and_examples
+        return len(shape) == 5 and in_groups() and shape[::3] in groups_and_examples
 
     def refuse(what):
         raise ValueError(
@@ -53,14 +53,14 @@ def eval_shape(function: Callable, key: jax.Array, images: jax.ShapeDtypeStruct)
             is_wide = max(np.max(layer.kernel_size), np.max(layer.strides or 1)) > 1
         for kind, axes in _AXES.items():
             if isinstance(layer, kind):
-                axes = np.atleast_1d(getattr(layer, axes)) % len(entered)
+                axes = np.atleast_1d(getattr(layer, axes)) % 5
                 is_wide = not _OF_EXAMPLES.isdisjoint(axes)
         if is_wide and any(is_entered(np.shape(x)) for x in jax.tree.leaves((args, kwargs))):
             refuse(f'{"/".join(layer.path)}, a layer of Flax,')
         return method(*args, **kwargs)
 
     with nn.intercept_methods(call):
-        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(key, images)
+        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(key, *batches)
     for equation in _equations(jaxpr):
         window = equation.params.get('window_dimensions', ())
         if len(window) == 5 and window[3] > 1 and is_entered(equation.invars[0].aval.shape):
