@@ -40,6 +40,8 @@ class Wrong(nn.Module):
             self.make_rng('noise')
         if self.how == 'keeps':
             self.variable('cache', 'x', jnp.zeros, ()).value = x.sum()
+        if self.how == 'averages' and self.is_mutable_collection('ema'):
+            self.variable('ema', 'x', jnp.zeros, ())
         dtype = jnp.bfloat16 if self.how == 'in bfloat16' else jnp.float32
         out = jnp.bfloat16 if self.how == 'gives bfloat16' else None
         z = nn.Dense(
@@ -54,6 +56,7 @@ class Wrong(nn.Module):
         ('fails in training', 'cannot take images of .*: RuntimeError: no such luck'),
         ('draws', 'cannot take images of .*noise'),
         ('keeps', 'cannot take images of .*cache'),
+        ('averages', 'has variables in ema; accepted: params and batch_stats'),
         ('in bfloat16', 'has variables of bfloat16; accepted: float32'),
         ('gives bfloat16', 'has logits of bfloat16; accepted: float32'),
         (['a list'], 'has lists, dictionaries or arrays as fields; use tuples'),

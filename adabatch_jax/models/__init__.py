@@ -131,6 +131,9 @@ def _shapes(model: nn.Module, image_shape, num_classes: int, backend: str) -> di
         shape, wanted = getattr(x, 'shape', type(x).__name__), (n, num_classes)
         if shape != wanted:
             raise ValueError(f'{name} gives {shape} for {n} images; accepted: logits {wanted}')
+    if others := set(variables) - set(_KEPT):
+        others = ', '.join(sorted(others))
+        raise ValueError(f'{name} has variables in {others}; accepted: {" and ".join(_KEPT)}')
     if 'params' not in variables:
         raise ValueError(f'{name} has no parameters; accepted: a network that can be trained')
     for what, arrays in {'variables': variables, 'logits': outputs}.items():
