@@ -131,7 +131,7 @@ class Run:
 
     def decide(self) -> None:
         """Chooses the update after the one that was dispatched last, by probes if the policy asks."""
-        policy = self.experiment.policy
+        policy, name = self.experiment.policy, self.experiment.config.batch.policy
         # Several processes may not see the same times, and so would not decide the same.
         agreed = distributed.from_first if policy.observes else lambda make: make()
         if policy.probe_examples:
@@ -141,10 +141,12 @@ class Run:
                 probing.probe(self, self.probed)
             self.probed = ()
 
+        before = 0 if self.schedule_changes else self.decision.batch_size
+
         def batch_size_at(examples_seen: int) -> int:
             decision = agreed(lambda: policy.decide(self.host.policy, examples_seen))
             with user_errors('config.batch'):
-                self.decision = policies.checked(self.experiment.config.batch.policy, policy, decision)
+                self.decision = policies.checked(name, policy, decision, examples_seen, before)
             return self.decision.batch_size
 
         self.upcoming = schedules.next_update(self.clock, self.end, batch_size_at)

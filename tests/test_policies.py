@@ -1,5 +1,6 @@
 """Each policy's batch sizes against numbers worked by hand."""
 
+import contextlib
 import json
 import types
 
@@ -279,6 +280,9 @@ class Decides(policies.Policy):
     transitions, planned = (schedules.Transition(0, 8, ''),), False
     ladder = (np.int64(8),)
 
+    def __init__(self, **own):
+        vars(self).update(own)
+
 
 @pytest.mark.parametrize(
     'create, message',
@@ -289,6 +293,7 @@ class Decides(policies.Policy):
             'creates a Policy; accepted: .* transitions, ladder, planned',
         ),
         (lambda *_: Decides(), r"policy: got 'mine' with the ladder \(np.int64\(8\),\); accepted: int"),
+        (lambda *_: Decides(ladder=(4,)), r"'mine' with a transition to 8 and the ladder \(4,\); acc"),
         (
             lambda *_: policies.PlannedPolicy([schedules.Transition(0.5, 8, '')]),
             'examples_seen of a transition: got 0.5; accepted: whole numbers of examples',
@@ -298,6 +303,24 @@ class Decides(policies.Policy):
 def test_a_policy_of_ones_own_that_is_none_is_refused(monkeypatch, create, message):
     with pytest.raises(ValueError, match=message):
         of_ones_own(monkeypatch, create)
+
+
+@pytest.mark.parametrize(
+    'own, size, examples_seen, message',
+    [
+        ({'planned': True}, 16, 24, '16 after 24 examples; accepted: 8, as its transitions say'),
+        ({}, 16, 0, '16 after 0 examples; accepted: 8, as its transitions say'),
+        ({}, 8, 24, '8 after 24 examples; accepted: 16 or more, or may_shrink = True'),
+        ({'planned': True}, 8, 24, ''),
+        ({'may_shrink': True}, 8, 24, ''),
+        ({}, 16, 24, ''),
+    ],
+)
+def test_decisions_are_what_a_policy_has_announced(own, size, examples_seen, message):
+    mine, decision = Decides(ladder=(8, 16), **own), policies.Decision(size, '')
+    refused = pytest.raises(ValueError, match=f"got 'mine', which decides on batch size {message}")
+    with refused if message else contextlib.nullcontext():
+        assert policies.checked('mine', mine, decision, examples_seen, before=16) is decision
 
 
 def test_a_policy_without_transitions_is_refused_by_the_plan(monkeypatch):

@@ -228,6 +228,19 @@ def test_what_a_policy_decides_has_to_be_a_decision_for_its_ladder(tmp_path, mon
         train.train(tiny(**{'batch.policy': 'mine'}), tmp_path)
 
 
+def test_a_batch_that_shrinks_unannounced_ends_a_run(tmp_path, monkeypatch):
+    sizes = {'decide': lambda self, _, seen: policies.Decision(8 if seen < 16 else 4, '')}
+    decides = type('Decides', (Frozen,), sizes)
+    mine = types.SimpleNamespace(
+        create=lambda *_: decides(ladder=(4, 8), planned=False), COUPLING='none'
+    )
+    monkeypatch.setitem(policies.POLICIES, 'mine', mine)
+    with pytest.raises(
+        ConfigError, match=r'batch size 4 after 16 examples; accepted: 8 or more, or may'
+    ):
+        train.train(tiny(**{'batch.policy': 'mine'}), tmp_path)
+
+
 def test_adascale_trains_with_rates_between_those_of_the_two_batch_sizes(tmp_path):
     changes = {
         'batch.policy': 'adascale',

@@ -16,7 +16,7 @@ from adabatch_jax.policies.base import (
     State,
     as_saved,
 )
-from adabatch_jax.schedules import COUPLINGS, Clock, LearningRate, check_transitions
+from adabatch_jax.schedules import COUPLINGS, Clock, LearningRate, check_transitions, transition_at
 
 __all__ = [
     'POLICIES',
@@ -82,19 +82,43 @@ def _check(name: str, policy: Any) -> None:
         )
     if not all(type(size) is int for size in policy.ladder):
         raise ValueError(f'policy: got {name!r} with the ladder {policy.ladder}; accepted: int')
-    check_transitions(policy.transitions)
+    for transition in check_transitions(policy.transitions):
+        if transition.batch_size not in policy.ladder:
+            raise ValueError(
+                f'policy: got {name!r} with a transition to {transition.batch_size} and the ladder '
+                f'{policy.ladder}; accepted: transitions to batch sizes of the ladder'
+            )
 
 
-def checked(name: str, policy: Policy, decision: Any) -> Decision:
-    """What ``decide`` of a policy, known by ``name``, has returned.
+def checked(name: str, policy: Policy, decision: Any, examples_seen: int, before: int = 0) -> Decision:
+    """What ``decide`` of a policy has returned: what the policy has announced, as the plan has it.
+
+    Args:
+      name: that the policy is known by.
+      policy: as ``create`` accepts it.
+      decision: of it.
+      examples_seen: what it has decided for.
+      before: the batch size that it decided on last; 0 where there is none, or its ladder was another.
 
     Raises:
-      ValueError: that is no ``Decision``, or not for a batch size of the ladder.
+      ValueError: that is no ``Decision``, or not for a batch size of the ladder; or it leaves the
+        transitions where these say all, or goes down where the policy may not.
     """
     if not isinstance(decision, Decision) or decision.batch_size not in policy.ladder:
         raise ValueError(
             f'policy: got {name!r}, which decides {decision!r}; accepted: a Decision for one of the '
             f'batch sizes {", ".join(map(str, policy.ladder))}'
+        )
+    size, accepted = decision.batch_size, ''
+    if policy.planned or examples_seen == 0:
+        announced = transition_at(policy.transitions, examples_seen).batch_size
+        accepted = '' if size == announced else f'{announced}, as its transitions say'
+    elif size < before and not policy.may_shrink:
+        accepted = f'{before} or more, or may_shrink = True'
+    if accepted:
+        raise ValueError(
+            f'policy: got {name!r}, which decides on batch size {size} after {examples_seen} examples; '
+            f'accepted: {accepted}'
         )
     return decision
 

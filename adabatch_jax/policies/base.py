@@ -77,8 +77,8 @@ class Policy:
     Attributes:
       transitions: the stages known in advance, the first of them at 0 examples seen.
       ladder: every batch size that ``decide`` may return, sorted.
-      planned: whether ``transitions`` are all there will be.
-      may_shrink: whether a decision may go down the ladder.
+      planned: whether ``transitions`` are all there will be; else decisions follow the first of them.
+      may_shrink: whether a decision may go down the ladder, where they are not planned.
       statistics: which statistics of the gradients it observes: none (``''``), ``'norms'`` (``variance``
         and ``squared_gradient``) or ``'inner_products'`` (all).
       max_per_device: largest microbatch, where the policy has to have one; 0 where it does not matter.
