@@ -1,12 +1,12 @@
 """What the training loop carries from one update to the next, and the effects at its edges."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -120,11 +120,10 @@ class Run:
 
     def host_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, in JSON types."""
-        host = dataclasses.asdict(self.host)
+        host = asdict(self.host)
         host['max_per_device'] = self.experiment.plan.largest_microbatch
         host['seconds']['wall'] = time.perf_counter() - self.began
-        upcoming = self.upcoming
-        host['upcoming'] = upcoming and {'start': upcoming.start, **dataclasses.asdict(self.decision)}
+        host['upcoming'] = self.upcoming and {'start': self.upcoming.start, **asdict(self.decision)}
         return host
 
     # ---------------------------------------------------------------------------- each update
@@ -140,7 +139,6 @@ class Run:
             with self.paused('probe'):
                 probing.probe(self, self.probed)
             self.probed = ()
-
         before = 0 if self.schedule_changes else self.decision.batch_size
 
         def batch_size_at(examples_seen: int) -> int:
