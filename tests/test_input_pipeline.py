@@ -198,6 +198,19 @@ def test_images_and_labels_cannot_be_changed_for_later_runs():
     np.testing.assert_array_equal(datasets.load_split(dataset, 'train')[1], kept)
 
 
+@pytest.mark.parametrize('side, labels', [(4, [0, 1, 2]), (8, [0, 1, 4])])
+def test_npz_to_evaluate_on_is_refused_by_the_plan_where_it_is_not_as_that_to_train_on(
+    tmp_path, side, labels
+):
+    for split, width, classes in (('train', 8, [0, 1, 2]), ('test', side, labels)):
+        images = np.zeros((3, 8, width, 1), np.uint8)
+        np.savez(tmp_path / f'{split}.npz', images=images, labels=classes)
+    dataset = default_config().dataset
+    dataset.update(name='npz', data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match='^data set npz, split test: got .*; expected '):
+        input_pipeline.dataset_info(dataset)
+
+
 def test_a_closed_pipeline_keeps_no_images():
     """tf.data keeps the generators of a process's pipelines; a notebook trains again and again."""
     pipeline, _ = make_pipeline()

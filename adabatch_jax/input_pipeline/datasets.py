@@ -149,14 +149,11 @@ def _npz_source(dataset, seed: int) -> Source:
     used = used_splits(dataset, files)
     images, labels = read(used[0])
     mean, std = _moments(images)
-    return Source(
-        images.shape[1:],
-        int(labels.max()) + 1,
-        tuple(mean.tolist()),
-        tuple(np.maximum(std, 1e-3).tolist()),
-        {split: len(read(split)[1]) for split in used},
-        read,
-    )
+    sizes = {split: len(read(split)[1]) for split in used}
+    source = Source(images.shape[1:], int(labels.max()) + 1, mean, np.maximum(std, 1e-3), sizes, read)
+    for split in used:
+        _read(source, dataset, split)
+    return source
 
 
 # -------------------------------------------------------------------------------------- TFDS
@@ -358,14 +355,8 @@ def open_split(dataset, split: str) -> EncodedSplit:
     return source.open(split_name(split)).part(split_range(split, source.sizes))
 
 
-def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 ``[n, height, width, channels]``, read-only, and labels int32 ``[n]`` of a split.
-
-    Raises:
-      ValueError, FileNotFoundError: data that is missing, or is not what it should be.
-    """
-    source = _source(dataset, seed)
-    chosen = split_range(split, source.sizes)
+def _read(source: Source, dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """A whole split, whatever slice of it is named; refused where it is not what its source tells."""
     given = source.read(split_name(split))
     what = f'data set {dataset.name}, split {split}'
     try:
@@ -388,6 +379,18 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
             f'{what}: got labels {labels.min()} to {labels.max()}; expected labels from 0 on, below '
             f'{source.num_classes}'
         )
+    return images, labels
+
+
+def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 ``[n, height, width, channels]``, read-only, and labels int32 ``[n]`` of a split.
+
+    Raises:
+      ValueError, FileNotFoundError: data that is missing, or is not what it should be.
+    """
+    source = _source(dataset, seed)
+    chosen = split_range(split, source.sizes)
+    images, labels = _read(source, dataset, split)
     part = slice(chosen.start, chosen.stop)
     images = images[part]  # a view of what the source may keep for other runs of this process
     images.setflags(write=False)
