@@ -82,9 +82,19 @@ def test_an_exception_in_a_model_is_told_with_the_line_of_its_own_that_it_came_b
     assert pathlib.Path(__file__).read_text().splitlines()[number - 1].strip() == line
 
 
-def test_images_that_are_too_small_for_a_model_of_the_package_are_told_without_a_line():
-    with pytest.raises(ValueError, match=r'AlexNet cannot take images of \(8, 8, 1\): .*zero$'):
-        models.check_model(models.get_model('alexnet', 10), (8, 8, 1), 10)
+@pytest.mark.parametrize(
+    'name, side, cause',
+    [
+        ('alexnet', 6, '6x6, padded by 2, are too small for a window of 11x11'),
+        ('alexnet', 32, '1x1, padded by 0, are too small for a window of 3x3'),
+        ('alexnet_cifar', 28, '1x1, padded by 0, are too small for a window of 2x2'),
+        ('vgg11', 28, '1x1, padded by 0, are too small for a window of 2x2'),
+    ],
+)
+def test_images_that_are_too_small_for_a_model_of_the_package_are_told_without_a_line(name, side, cause):
+    message = rf'cannot take images of \({side}, {side}, 1\): .*images of {cause}; use larger images$'
+    with pytest.raises(ValueError, match=message):
+        models.check_model(models.get_model(name, 10), (side, side, 1), 10)
 
 
 class StockNorm(nn.Module):

@@ -128,6 +128,20 @@ def in_order(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(groups, height * rows, *pixels, channels // rows)
 
 
+def check_window(x: jax.Array, window: Sequence[int], padding: int) -> None:
+    """Refuses images inside a model that have no place for a window, and would come out empty.
+
+    Raises:
+      ValueError: naming their size.
+    """
+    height, width = (x.shape[axis] for axis in SPATIAL_AXES)
+    if height + 2 * padding < window[0] or width + 2 * padding < window[1]:
+        raise ValueError(
+            f'images of {height}x{width}, padded by {padding}, are too small for a window of '
+            f'{window[0]}x{window[1]}; use larger images'
+        )
+
+
 class Conv(nn.Module):
     """2-D convolution of images in the layout of the backend, see ``enter``.
 
@@ -153,6 +167,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         if x.ndim != (5 if in_groups() else 4):
             raise ValueError(f'got images {x.shape}; a model takes them through `enter` first')
+        check_window(x, self.kernel_size, self.padding)
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         convolve = _convolve_groups if in_groups() else _convolve

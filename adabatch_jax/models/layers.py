@@ -9,7 +9,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from adabatch_jax.models.conv import SPATIAL_AXES, Conv, as_written, in_order, leave, rows_at_once
+from adabatch_jax.models.conv import (
+    SPATIAL_AXES,
+    Conv,
+    as_written,
+    check_window,
+    in_order,
+    leave,
+    rows_at_once,
+)
 
 MOMENTUM = 0.9  # of the running statistics of BatchNorm
 AXIS_NAME = 'batch'  # the mapped axis of the train step, over which `sync` statistics are taken
@@ -156,7 +164,11 @@ def max_pool(x, window: int, stride: int, padding: int = 0):
 
     For small windows: pixel by pixel, without XLA's operations for windows, which fuse with nothing, and
     whose gradient is a scatter on a GPU.
+
+    Raises:
+      ValueError: images that are smaller than a window.
     """
+    check_window(x, (window, window), padding)
     around = [(padding, padding) if axis in SPATIAL_AXES else (0, 0) for axis in range(x.ndim)]
     x = jnp.pad(x, around, constant_values=-jnp.inf) if padding else x
     rows, columns = ((x.shape[axis] - window) // stride * stride + 1 for axis in SPATIAL_AXES)
