@@ -334,7 +334,7 @@ def _model(config, info) -> tuple[nn.Module, bool]:
             info.num_classes,
             dtype=jnp.dtype(config.model.dtype),
             batch_norm=config.model.batch_norm,
-            **_family_options(config.model),
+            **{key: config.model[key] for key in models.FAMILY_OPTIONS},
         )
         has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
         if has_batch_norm and model.batch_norm != 'local':
@@ -388,9 +388,3 @@ def fixed(config: ml_collections.ConfigDict, batch_size: int) -> ml_collections.
     config.learning_rate.coupling = policies.control_coupling(config)
     config.batch.policy, config.batch.base_size = 'fixed', batch_size
     return config
-
-
-def _family_options(model) -> dict[str, Any]:
-    """Options of one family of models, where they are not the default; other families have none."""
-    options = {'shortcut': 'projection', 'zero_init_residual': False}
-    return {key: model[key] for key, default in options.items() if model[key] != default}

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import tiny
 
-from adabatch_jax import models, optimizers, train_state
+from adabatch_jax import models, optimizers, train, train_state
+from adabatch_jax.config import ConfigError
 from adabatch_jax.models import conv
 
 COUNTS = {  # name: (classes, image size, parameters)
@@ -46,6 +48,20 @@ def test_wrong_kinds_of_arguments_are_refused(arguments, message):
     name, num_classes, *dtype = arguments
     with pytest.raises(ValueError, match=message):
         models.get_model(name, num_classes, **({'dtype': dtype[0]} if dtype else {}))
+
+
+@pytest.mark.parametrize(
+    'name, key, value, accepted',
+    [
+        ('vgg13', 'shortcut', 'identity', 'projection'),
+        ('resnet50', 'shortcut', 'identity', 'projection'),
+        ('resnet8', 'zero_init_residual', True, 'False'),
+    ],
+)
+def test_an_option_of_another_family_is_told_with_what_is_accepted(name, key, value, accepted):
+    message = f'^config.model.{key}: got {value!r}; accepted for {name}: {accepted}$'
+    with pytest.raises(ConfigError, match=message):
+        train.plan(tiny(**{'model.name': name, f'model.{key}': value}))
 
 
 def test_identity_shortcuts_have_no_parameters():

@@ -8,6 +8,7 @@ axes 1, 2 and -1. ``check_model`` refuses others.
 """
 
 import functools
+import inspect
 import numbers
 import os
 import traceback
@@ -22,7 +23,15 @@ import numpy as np
 from adabatch_jax.models import alexnet, cnn, conv, linear, resnet, resnet_cifar, shapes, vgg
 from adabatch_jax.models.layers import AXIS_NAME, MOMENTUM, check_batch_norm
 
-__all__ = ['MODELS', 'MOMENTUM', 'check_batch_norm', 'check_model', 'frozen', 'get_model']
+__all__ = [
+    'FAMILY_OPTIONS',
+    'MODELS',
+    'MOMENTUM',
+    'check_batch_norm',
+    'check_model',
+    'frozen',
+    'get_model',
+]
 
 MODELS = {
     'linear': linear.Linear,
@@ -43,6 +52,9 @@ for _blocks, _widen in ((2, 4), (4, 10), (6, 2)):
 for _depth, (_bottleneck, _depths) in resnet.DEPTHS.items():
     MODELS[f'resnet{_depth}'] = functools.partial(resnet.ResNet, _bottleneck, _depths)
 
+# Options of one family of models, and the value of each that every other model may be asked for.
+FAMILY_OPTIONS = {'shortcut': 'projection', 'zero_init_residual': False}
+
 _KEPT = 'params', 'batch_stats'  # collections of variables, in a train state
 # Where no line of a user's own is: Python and what models are made of and called by, this package too.
 _LIBRARIES = (os.__file__, flax.__file__, jax.__file__, np.__file__, os.path.dirname(__file__))
@@ -57,14 +69,14 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
       num_classes: width of the logits.
       **options: fields of the module: ``dtype`` of the activations (parameters, BatchNorm
         statistics and logits are float32), ``batch_norm`` (``'local'``, ``'sync'``, ``'ghost:N'``), and
-        those of the family, such as ``shortcut`` or ``zero_init_residual``.
+        those of the family, such as ``FAMILY_OPTIONS``.
 
     Returns:
       A module from images ``[batch, height, width, channels]`` to float32 logits
       ``[batch, num_classes]``.
 
     Raises:
-      ValueError: an unknown name or option.
+      ValueError: an unknown name or option, or one of another family.
     """
     if name not in MODELS:
         raise ValueError(f'name: got {name!r}; accepted: {", ".join(sorted(MODELS))}')
@@ -73,11 +85,24 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     check_batch_norm(options.get('batch_norm', 'local'))
     if isinstance(MODELS[name], nn.Module):
         raise ValueError(f'model {name}: MODELS has a module; accepted: its class, or what makes one')
+    for key, of_others in FAMILY_OPTIONS.items():
+        if options.get(key, of_others) == of_others:
+            options.pop(key, None)
+        elif not _takes(MODELS[name], key):
+            raise ValueError(f'{key}: got {options[key]!r}; accepted for {name}: {of_others}')
     try:
         jnp.dtype(options.get('dtype', jnp.float32))
         return MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f'model {name}: {error}') from error
+
+
+def _takes(make: Any, option: str) -> bool:
+    try:
+        inspect.signature(make).bind_partial(**{option: None})
+    except TypeError:
+        return False
+    return True
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
