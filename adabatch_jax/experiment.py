@@ -343,9 +343,12 @@ def _model(config, info) -> tuple[nn.Module, bool]:
 
 
 def _learning_rate(config, clock) -> schedules.LearningRate:
+    options, growth_epochs = config.learning_rate, config.batch.growth_epochs
     with user_errors('config.batch'):
         coupling = policies.coupling(config)
-    options = config.learning_rate
+        is_interval = options.schedule == 'step' and not options.decay_at_epochs
+        if is_interval and options.decay_epochs == growth_epochs:  # which it follows where it is not set
+            clock.multiples(growth_epochs, 'growth_epochs')
     with user_errors('config.learning_rate'):
         effective = schedules.effective_schedule(options, clock)
         if options.rule != 'schedule':  # where the first search begins
