@@ -35,6 +35,7 @@ SLOWEST = (
     'variance_reduction_runs',
     'faults',
     'damaged_images',
+    'quickstart',
 )
 
 
