@@ -71,6 +71,29 @@ def test_a_finished_run_replays_to_the_same_weights(decided, tmp_path):
     assert [s['microbatch_size'] for s in replayed] == [s['microbatch_size'] for s in stages]
 
 
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'batch.policy': 'goodput'},  # by times that no other run measures again
+        {'batch.policy': 'norm_test'},
+        {'batch.policy': 'plateau', 'batch.patience_epochs': 1, 'batch.min_improvement': 0.9},
+    ],
+    ids=lambda changes: changes['batch.policy'],
+)
+def test_a_run_that_was_stopped_and_continued_replays_to_the_same_weights(
+    changes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(steps.StepCache, 'is_compiling', False)  # all updates are timed
+    changes = CONFIG | {'batch.gradient_statistics': True} | changes  # the steps of `decided`
+    with pytest.raises(train.Preempted):
+        train.train(tiny(**changes), tmp_path / 'run', StopAt(8))
+    summary = train.train(tiny(**changes), tmp_path / 'run')
+    replay = {'batch.policy': 'replay', 'batch.replay': str(tmp_path / 'run')}
+    again = train.train(tiny(**changes | replay), tmp_path / 'again')
+    assert again['params_digest'] == summary['params_digest']
+    assert len(of_kind(tmp_path / 'again', 'stage')) > 1
+
+
 def test_a_schedule_tells_the_largest_microbatch_of_its_run(decided):
     schedule = json.loads((decided[0] / 'schedule.json').read_text())
     assert schedule['max_per_device'] == train.plan(tiny(**CONFIG)).largest_microbatch > 0
