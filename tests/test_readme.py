@@ -27,17 +27,23 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w*)\n(.*?)```', README, flags=re.DOTALL)
 OWN = [block for language, block in BLOCKS if block.startswith('# my_')]
-LINES = [
-    shlex.split(line)
-    for language, block in BLOCKS
-    if language == 'sh'
-    for line in block.replace('\\\n', ' ').replace(' &\n', '\n').splitlines()
-]
-COMMANDS = [
+SHELL = '\n'.join(block for language, block in BLOCKS if language == 'sh')
+LOOP = re.compile(r'for (\w+) in ([^;]+); do\b(.*?)\bdone\n', flags=re.DOTALL)
+
+
+def split(shell):
+    lines = shell.replace('\\\n', ' ').replace(' &\n', '\n').replace('; ', '\n').splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+LINES = split(LOOP.sub('', SHELL))
+LOOPED = [
     line
-    for line in LINES
-    if line[:3] == ['python', '-m', 'adabatch_jax.main'] and '$' not in ' '.join(line)  # of a loop
+    for name, values, body in LOOP.findall(SHELL)
+    for value in values.split()  # runs that a shell would look for have their configs beside them
+    for line in split(body.replace(f'${name}', 'configs/quickstart' if '*' in value else value))
 ]
+COMMANDS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.main']]
 BENCHMARKS = [line for line in LINES if line[:3] == ['python', '-m', 'adabatch_jax.benchmark']]
 
 
@@ -46,7 +52,7 @@ def test_continuous_integration_runs_the_test_line_of_the_readme():
     assert line in (ROOT / '.ci/run').read_text()
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
+@pytest.mark.parametrize('command', COMMANDS + LOOPED, ids=' '.join)
 def test_commands_parse_and_their_runs_have_plans(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     values = main.parse(command[2:])
