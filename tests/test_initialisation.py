@@ -1,20 +1,75 @@
 """Initial weights: their distributions, from a seed, however they are compiled."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from adabatch_jax import models, optimizers, steps, train_state
 
 
-def test_zero_initialised_residuals_start_as_the_identity():
-    model = models.resnet.ResNet(False, (2, 1), 10, zero_init_residual=True)
+def initial(model, side):
     init = jax.jit(functools.partial(model.init, train=False))
-    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
-    scales = [params[name]['scale'] for name in params if name.startswith('BatchNorm')]
-    assert sum(1 for scale in scales if not scale.any()) == 3  # one in each block
+    return init(jax.random.key(0), jnp.zeros((1, side, side, 3)))['params']
+
+
+def uniform(p):
+    """The p-th moment of the uniform distribution from -1 to 1."""
+    return (1 - p % 2) / (p + 1)
+
+
+def normal(p):
+    """The p-th moment of the standard normal distribution."""
+    return (1 - p % 2) * math.prod(range(1, p, 2))
+
+
+def pytorch(shape):
+    return uniform, math.prod(shape[:-1]) ** -0.5
+
+
+def fan_out(shape):
+    return normal, (2 / (shape[0] * shape[1] * shape[-1])) ** 0.5
+
+
+@pytest.mark.parametrize(
+    'make, side, convolution, linear',
+    [
+        (models.MODELS['alexnet_cifar'], 32, pytorch, pytorch),
+        (models.MODELS['alexnet'], 63, pytorch, pytorch),
+        (models.MODELS['vgg11_bn'], 32, fan_out, lambda shape: (normal, 0.01)),
+        (functools.partial(models.resnet.ResNet, True, (1, 1)), 32, fan_out, pytorch),
+    ],
+    ids=['alexnet_cifar', 'alexnet', 'vgg11_bn', 'bottleneck'],
+)
+def test_initial_weights_have_the_distributions_of_their_family(make, side, convolution, linear):
+    params = initial(make(num_classes=10), side)
+    layers = jax.tree.leaves(params, is_leaf=lambda x: 'kernel' in x or 'scale' in x)
+    for layer in layers:
+        if 'scale' in layer:
+            assert (layer['scale'] == 1).all() and not layer['bias'].any()
+            continue
+        kernel = layer['kernel']
+        moment, scale = (convolution if kernel.ndim == 4 else linear)(kernel.shape)
+        for key, x in layer.items():
+            if key == 'bias' and moment is normal:
+                assert not x.any()
+                continue
+            for p in (1, 2, 4):
+                mean = np.mean((np.asarray(x, np.float64) / scale) ** p)
+                standard_error = ((moment(2 * p) - moment(p) ** 2) / x.size) ** 0.5
+                assert mean == pytest.approx(moment(p), abs=4 * standard_error), (kernel.shape, key, p)
+
+
+@pytest.mark.parametrize('bottleneck, last', [(False, {2, 4, 6}), (True, {3, 7, 10})])
+def test_zero_initialised_residuals_start_as_the_identity(bottleneck, last):
+    """The last BatchNorm of each block alone, in the order in which they are made."""
+    params = initial(models.resnet.ResNet(bottleneck, (2, 1), 10, zero_init_residual=True), 32)
+    scales = {name: layer['scale'] for name, layer in params.items() if name.startswith('BatchNorm')}
+    zeros = {int(name.removeprefix('BatchNorm_')) for name, scale in scales.items() if not scale.any()}
+    assert zeros == last
 
 
 def test_initialisation_is_that_of_the_official_code():
