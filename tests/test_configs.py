@@ -200,21 +200,31 @@ def test_tiny_imagenet_takes_its_sizes_from_its_folder(planned):
 
 # ------------------------------------------------------------------------------ shrunken runs
 
-# One config for each file and network, and the epoch of its first change of batch or learning rate.
+# One config for each file, network, policy and optimizer, and the epoch of its first change of batch or
+# learning rate.
 SHRUNKEN = {
     'cifar10_resnet20_adabatch:': 20,
     'cifar_adabatch:cifar10_alexnet_adaptive': 20,
+    'cifar_adabatch:cifar10_alexnet_small': 20,
     'cifar_adabatch:cifar100_vgg19_bn_adaptive': 20,
+    'cifar_adabatch:cifar100_vgg19_bn_large': 20,
     'cifar_adabatch:cifar100_resnet20_adaptive': 20,
+    'cifar_adabatch:cifar100_resnet20_small': 20,
     'cifar_large_batch:vgg19_bn_adaptive': 20,
+    'cifar_large_batch:vgg19_bn_fixed': 20,
     'cifar_large_batch:resnet20_adaptive': 20,
+    'cifar_large_batch:resnet20_large': 20,
     'goyal_resnet50:large': 30,
     'imagenet_adabatch:alexnet_adaptive_8': 30,
+    'imagenet_adabatch:alexnet_small': 30,
     'imagenet_adabatch:alexnet_bn_adaptive_4': 30,
+    'imagenet_adabatch:alexnet_bn_fixed': 30,
     'imagenet_adabatch:resnet50_adaptive_2': 30,
+    'imagenet_adabatch:resnet50_fixed': 30,
     'lars_resnet50:': 50,  # has none: a point on its curve
     'quickstart:': 8,
     'smith_wrn16_4:increase': 60,
+    'smith_wrn16_4:decay': 60,
     'tiny_imagenet_resnet18:': 1,
 }
 # Shallow networks of the families, for tests only.
@@ -290,12 +300,14 @@ def test_a_shrunken_run_trains_with_the_settings_of_its_config(name, planned, mo
     assert all(map(math.isfinite, losses))
 
 
-def test_every_file_and_network_has_a_shrunken_run():
+def test_every_file_has_a_shrunken_run_with_each_network_policy_and_optimizer():
     def parts(name):
-        return name.partition(':')[0], config_of(name).model.name
+        config = config_of(name)
+        return name.partition(':')[0], config.model.name, config.batch.policy, config.optimizer.name
 
-    small = {('convex', 'linear')}  # test_variance_reduction.py trains it
-    assert {parts(name) for name in SHRUNKEN} == {parts(name) for name in ALL} - small
+    # Those are small as they are: test_variance_reduction_runs.py trains them.
+    convex = [name for name in ALL if name.startswith('convex:')]
+    assert {parts(name) for name in [*SHRUNKEN, *convex]} == {parts(name) for name in ALL}
 
 
 # ---------------------------------------------------------------------------------- the keys
