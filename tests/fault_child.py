@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 from adabatch_jax import checkpoint, evaluate, main, metrics, run, workdir
 from adabatch_jax.distributed import processes
@@ -45,6 +46,8 @@ def kill_at(number: int, point: str, n: int) -> None:
     def wrapped(*args, **kwargs):
         nonlocal calls
         calls += 1
+        if calls > n and number == signal.SIGTERM:  # processes agree on an update to come: there is one
+            time.sleep(0.3)
         if when == 'in' and calls == n:
             appended = args[0]
             appended._file.write(appended.waiting[: len(appended.waiting) // 2])
