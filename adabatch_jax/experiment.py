@@ -334,12 +334,17 @@ def _model(config, info) -> tuple[nn.Module, bool]:
             info.num_classes,
             dtype=jnp.dtype(config.model.dtype),
             batch_norm=config.model.batch_norm,
-            **{key: config.model[key] for key in models.FAMILY_OPTIONS},
+            **_family_options(config.model),
         )
         has_batch_norm = 'batch_stats' in models.check_model(model, info.image_shape, info.num_classes)
         if has_batch_norm and model.batch_norm != 'local':
             models.frozen(model, info.image_shape, f'batch_norm {model.batch_norm!r}')
     return model, has_batch_norm
+
+
+def _family_options(model) -> dict[str, Any]:
+    """Those that are not as every model has them: one of a user's own may have a default of its own."""
+    return {key: model[key] for key, other in models.FAMILY_OPTIONS.items() if model[key] != other}
 
 
 def _learning_rate(config, clock) -> schedules.LearningRate:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from runs import tiny
 
-from adabatch_jax import models, optimizers, train, train_state
-from adabatch_jax.config import ConfigError
+from adabatch_jax import experiment, models, optimizers, train, train_state
+from adabatch_jax.config import ConfigError, resolve
 from adabatch_jax.models import conv
 
 COUNTS = {  # name: (classes, image size, parameters)
@@ -62,6 +62,19 @@ def test_an_option_of_another_family_is_told_with_what_is_accepted(name, key, va
     message = f'^config.model.{key}: got {value!r}; accepted for {name}: {accepted}$'
     with pytest.raises(ConfigError, match=message):
         train.plan(tiny(**{'model.name': name, f'model.{key}': value}))
+
+
+def test_an_option_that_is_given_is_never_lost_to_the_default_of_ones_own_model(monkeypatch):
+    class Mine(models.linear.Linear):
+        shortcut: str = 'none'
+
+    monkeypatch.setitem(models.MODELS, 'mine', Mine)
+    monkeypatch.setitem(models.MODELS, 'made', lambda **options: Mine(**options))
+    for name in ('mine', 'made'):
+        config = resolve(tiny(**{'model.name': name}))
+        assert experiment.describe(config).model.shortcut == 'none'
+    assert models.get_model('mine', 10, shortcut='projection').shortcut == 'projection'
+    assert models.get_model('linear', 10, shortcut='projection') == models.get_model('linear', 10)
 
 
 def test_identity_shortcuts_have_no_parameters():

@@ -225,9 +225,7 @@ def share(tree: Any) -> Any:
     if is_alone():
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    if not is_first():
-        leaves = [np.zeros(x.shape, x.dtype) for x in leaves]
-    leaves = list(map(np.asarray, leaves))
+    leaves = [np.asarray(x) if is_first() else np.zeros(x.shape, x.dtype) for x in leaves]
     # As bytes: the broadcast is a sum, which would turn -0.0 into 0.0.
     sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
     meet()

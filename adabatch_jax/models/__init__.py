@@ -86,10 +86,8 @@ def get_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if isinstance(MODELS[name], nn.Module):
         raise ValueError(f'model {name}: MODELS has a module; accepted: its class, or what makes one')
     for key, of_others in FAMILY_OPTIONS.items():
-        if options.get(key, of_others) == of_others:
-            options.pop(key, None)
-        elif not _takes(MODELS[name], key):
-            raise ValueError(f'{key}: got {options[key]!r}; accepted for {name}: {of_others}')
+        if key in options and not _takes(MODELS[name], key) and (got := options.pop(key)) != of_others:
+            raise ValueError(f'{key}: got {got!r}; accepted for {name}: {of_others}')
     try:
         jnp.dtype(options.get('dtype', jnp.float32))
         return MODELS[name](num_classes=num_classes, **options)
