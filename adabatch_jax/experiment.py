@@ -170,14 +170,13 @@ class Experiment:
         snapshot = [self.snapshot_spec(batch_size)] if self.snapshots else []
         return [*snapshot, *self.train_specs(batch_size).values()]
 
-    def begin_compiling(self) -> None:
-        """Starts to compile what a new run needs first, while its data are read.
+    def begin_compiling(self, first: int) -> None:
+        """Starts to compile what a run needs first, while its data are read.
 
         That is the step of the largest batch, where the microbatch is yet to be found, and those of the
-        first stage, unless they wait for that.
+        batch size ``first``, unless they wait for that.
         """
-        first, largest = self.policy.transitions[0].batch_size, self.plan.ladder[-1]
-        specs = self.stage_specs(first)
+        largest, specs = self.plan.ladder[-1], self.stage_specs(first)
         if not self.plan.max_per_device:
             likely = self.in_parts()
             if likely.plan.split(first) != self.plan.split(first):

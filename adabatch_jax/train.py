@@ -228,18 +228,18 @@ def open_run(
     _agree_on_plan(experiment)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
-        if config.compile.precompile and is_new:
-            experiment.begin_compiling()
-        pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
-        if is_new:
-            state = experiment.initial_state()
-        else:
+        if not is_new:
             state, host, examples_seen = _restored(folder, experiment.state_shapes)
             _check_is_before_the_end(experiment, host, examples_seen)
             _check_devices(experiment, host, examples_seen)
             state = _search_from_effective(experiment, host, state)
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
+        if config.compile.precompile and (batch_size := _begins_with(experiment, host)):
+            experiment.begin_compiling(batch_size)
+        pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
+        if is_new:
+            state = experiment.initial_state()
         experiment = memory.fit(experiment)
         state = distributed.replicate(distributed.share(state))
         writer, saver = metrics.NoWriter(), checkpoint.NoCheckpointer()  # but for the first process
@@ -352,6 +352,14 @@ def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_s
         host.policy = policy.on_other_devices(host.policy)
     host.ladder, host.devices = list(policy.ladder), devices
     return host
+
+
+def _begins_with(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
+    """The batch size of the first update to come, where that is known before anything is decided."""
+    if host is None:
+        return experiment.policy.transitions[0].batch_size
+    is_same = host['schedule'] == schedule_of(experiment.config)
+    return host['upcoming']['batch_size'] if is_same and host['upcoming'] else None
 
 
 def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:

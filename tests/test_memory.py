@@ -179,7 +179,7 @@ def test_no_step_is_compiled_whose_microbatch_is_larger_than_what_a_device_is_gi
         asked.clear()
         monkeypatch.setattr(experiment, 'PART_BYTES', given * size)
         described = describe(resolve(config))
-        described.begin_compiling()
+        described.begin_compiling(16)
         assert all(
             spec.batch_size // jax.device_count() // spec.num_microbatches <= given for spec in asked
         )

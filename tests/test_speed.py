@@ -9,7 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from runs import of_kind, tiny
+from runs import StopAt, of_kind, tiny
 
 from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, terminal, train
 from adabatch_jax.config import resolve
@@ -67,6 +67,19 @@ def test_a_dispatch_fetches_once_however_many_updates_it_makes(
     far = {'eval_every_epochs': 100.0, 'checkpoint_every_epochs': 100.0}
     train.train(tiny(**changes | far), tmp_path)
     assert len(dispatched) == len(fetched) == dispatches
+
+
+def test_a_run_compiles_for_its_next_update_while_its_data_are_read(tmp_path, monkeypatch):
+    begun, parts = [], experiment.Experiment
+    open_pipeline = parts.open_pipeline
+    monkeypatch.setattr(parts, 'begin_compiling', lambda self, first: begun.append(first))
+    monkeypatch.setattr(parts, 'open_pipeline', lambda self: begun.append('data') or open_pipeline(self))
+    with pytest.raises(train.Preempted):
+        train.train(tiny(), tmp_path, StopAt(14))  # 13 updates with 8 examples, and some with 16
+    train.train(tiny(), tmp_path)
+    train.train(tiny(), tmp_path)  # nothing is left
+    train.train(tiny(num_epochs=4.0), tmp_path, allow_schedule_change=True)  # it is yet to be decided
+    assert begun == [8, 'data', 16, 'data', 'data', 'data']
 
 
 def test_each_step_of_a_plan_is_compiled_once_and_never_by_the_loop(tmp_path, monkeypatch):
