@@ -74,14 +74,17 @@ class Experiment:
 
     def initial_state(self) -> train_state.TrainState:
         """The train state before the first update, on the default device."""
-        shape, seed = self.info.image_shape, self.config.seed
-        options = steps.cpu_options(steps.FOR_ONE_USE)
-        return train_state.create(self.model, self.optimizer, shape, seed, self.reduction, options)
+        return self._create(steps.cpu_options(steps.FOR_ONE_USE))
 
     @property
     def state_shapes(self) -> train_state.TrainState:
         """Shapes and dtypes of the train state, for one that is read instead of made."""
-        return jax.eval_shape(self.initial_state)
+        return jax.eval_shape(self._create)
+
+    def _create(self, compiler_options: dict[str, Any] | None = None) -> train_state.TrainState:
+        shape, seed = self.info.image_shape, self.config.seed
+        create = train_state.create
+        return create(self.model, self.optimizer, shape, seed, self.reduction, compiler_options)
 
     def open_pipeline(self):
         """The input pipeline, its data loaded or found; see ``input_pipeline.create``."""

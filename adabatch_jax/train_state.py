@@ -66,7 +66,7 @@ def create(
       image_shape: height, width, channels.
       seed: root of the initialisation and of the run's random key.
       reduction: ``variance_reduction.Svrg`` or ``Saga``, if one is used.
-      compiler_options: of ``jax.jit``, for what makes it; None inside another ``jit``.
+      compiler_options: of ``jax.jit``, for what makes it; none where JAX traces this call.
     """
     init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
 
