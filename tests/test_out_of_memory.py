@@ -57,11 +57,11 @@ def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_p
     monkeypatch.setattr(steps.CACHE, '_futures', {})
     Failing(monkeypatch, largest=4, when=when)
     runs, alive = [], []
-    initial_state = experiment.Experiment.initial_state
+    open_pipeline = experiment.Experiment.open_pipeline
 
     def noting(self):
         alive.append([run() for run in runs if run() is not None])
-        return initial_state(self)
+        return open_pipeline(self)
 
     class Noted(train.Run):
         def __init__(self, *args):
@@ -69,7 +69,7 @@ def test_the_attempt_that_ran_out_of_memory_is_gone_before_the_next_begins(tmp_p
             runs.append(weakref.ref(self))
 
     monkeypatch.setattr(train, 'Run', Noted)
-    monkeypatch.setattr(experiment.Experiment, 'initial_state', noting)
+    monkeypatch.setattr(experiment.Experiment, 'open_pipeline', noting)
     gc.disable()  # memory has to be there at once
     try:
         train.train(make_config(**{'batch.max_per_device': 16}), tmp_path)
