@@ -124,6 +124,38 @@ def test_a_gpu_takes_columns_of_few_channels_for_one(
 
 
 @pytest.mark.parametrize(
+    'kernel, stride, padding, height, width, channels, seen_by_kernel',
+    [
+        (7, 2, 3, 16, 16, 3, (11, 11, 12)),  # ResNet's: 2 blocks before, 1 behind
+        (11, 4, 2, 23, 20, 3, (8, 7, 48)),
+        (11, 4, 5, 16, 18, 1, (7, 8, 16)),
+        (3, 2, 1, 9, 8, 4, (6, 5, 16)),
+        (3, 2, 1, 9, 8, 5, (11, 10, 5)),  # more channels than an image has: as it is
+    ],
+)
+def test_a_gpu_strides_over_images_by_blocks_and_gives_what_the_plain_operation_gives(
+    kernel, stride, padding, height, width, channels, seen_by_kernel, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (5, height, width, channels)), 'bfloat16')  # sums are exact
+    w = jnp.asarray(rng.integers(-1, 2, (kernel, kernel, channels, 6)), 'bfloat16')
+
+    def all_of(x, w):
+        y, vjp = jax.vjp(lambda x, w: conv._convolve(x, w, (stride, stride), padding), x, w)
+        return y, *vjp((jnp.arange(y.size) % 5 - 2).reshape(y.shape).astype(y.dtype))
+
+    expected = all_of(x, w)
+    monkeypatch.setattr(conv, '_wastes_channels', lambda: True)
+    for got, plain in zip(all_of(x, w), expected, strict=True):
+        np.testing.assert_array_equal(got, plain)
+    program = jax.make_jaxpr(lambda x, w: conv._convolve(x, w, (stride, stride), padding))(x, w)
+    [seen] = [e for e in program.eqns if e.primitive is lax.conv_general_dilated_p]
+    _, *sizes, seen_channels = seen.invars[0].aval.shape
+    padded = (n + sum(pads) for n, pads in zip(sizes, seen.params['padding'], strict=True))
+    assert (*padded, seen_channels) == seen_by_kernel
+
+
+@pytest.mark.parametrize(
     'backend, capability, expected',
     [('gpu', '9.0', True), ('gpu', '10.0', True), ('gpu', '8.6', False), ('gpu', 'gfx942', False)]
     + [('gpu', None, False), ('tpu', None, False), ('cpu', None, False)],

@@ -207,10 +207,12 @@ def test_the_relu_of_a_sum_is_relu_with_its_gradient_and_hides_no_value_that_is_
 @pytest.mark.parametrize(
     'window, stride, padding', [(2, 2, 0), (3, 3, 0), (3, 2, 1), (3, 2, 0), (2, 3, 1)]
 )
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('shape', [(4, 8, 12, 3), (2, 7, 9, 5, 3)])
 def test_pooling_is_xlas_with_its_gradient_which_goes_to_the_first_of_equals(
-    shape, window, stride, padding
+    shape, backend, window, stride, padding, monkeypatch
 ):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, 4, shape), jnp.float32)  # most windows have several largest
     others = len(shape) - 3
@@ -225,10 +227,16 @@ def test_pooling_is_xlas_with_its_gradient_which_goes_to_the_first_of_equals(
     np.testing.assert_array_equal(got, expected)
     change = jnp.asarray(rng.integers(-4, 5, got.shape), jnp.float32)  # sums of which are exact
     np.testing.assert_array_equal(to_ours(change)[0], to_expected(change)[0])
+    _, to_second = jax.vjp(lambda change: to_ours(change)[0], change)
+    picked = jnp.asarray(rng.integers(-4, 5, x.shape), jnp.float32)
+    _, to_picked = jax.vjp(lambda change: to_expected(change)[0], change)
+    np.testing.assert_array_equal(to_second(picked)[0], to_picked(picked)[0])
 
 
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('place', range(4))
-def test_pooling_hides_no_value_that_is_not_a_number(place):
+def test_pooling_hides_no_value_that_is_not_a_number(place, backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     x = np.arange(4.0)
     x[place] = np.nan
     assert np.isnan(models.layers.max_pool(x.reshape(1, 2, 2, 1), 2, 2)).all()

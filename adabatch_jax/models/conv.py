@@ -29,14 +29,15 @@ is written as something that it does:
 The same mathematics, summed in another order.
 
 On other backends this is ``nn.Conv``'s own operation, but for few channels in bfloat16 on Hopper GPUs
-and newer ones. There neighbouring columns are taken for one column with all of their channels, which
-moves nothing in memory,
+and newer ones. There strides are made as above, where images come in, and else neighbouring columns are
+taken for one column with all of their channels, which moves nothing in memory,
 
     images[batch, height, width, channels]  ->  x[batch, height, width / columns, columns * channels]
 
 and the kernel gets zeros where it does not reach from a column to another: cuDNN's kernels make 64
-channels at once, or throw work for as many away. On an H200, in bfloat16, updates of ResNet-20 with 128
-and 2,048 examples took 1.90 and 9.90 ms, and take 1.62 and 6.87.
+channels at once, or throw work for as many away. On an H200 updates of ResNet-20 with 128 and 2,048
+examples took 1.90 and 9.90 ms, and take 1.62 and 6.87; of an update of ResNet-50 with 256, 35.9 ms, the
+first convolution took 2.8, and takes 1.1.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ _FEWEST_FOR_MATRIX = 64  # images
 _LARGEST_MATRIX = 16  # times the kernel
 _FEW_CHANNELS = 16  # that the library does not take
 _GPU_CHANNELS = 64  # that a GPU makes at once
+_IMAGE_CHANNELS = 4  # of an image, at most
 
 
 def in_groups() -> bool:
@@ -128,18 +130,16 @@ def in_order(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(groups, height * rows, *pixels, channels // rows)
 
 
-def check_window(x: jax.Array, window: Sequence[int], padding: int) -> None:
-    """Refuses images inside a model that have no place for a window, and would come out empty.
-
-    Raises:
-      ValueError: naming their size.
-    """
-    height, width = (x.shape[axis] for axis in SPATIAL_AXES)
-    if height + 2 * padding < window[0] or width + 2 * padding < window[1]:
+def places(x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: int) -> list[int]:
+    """How many places images inside a model have for a window; ``ValueError`` for none."""
+    sizes = [x.shape[axis] for axis in SPATIAL_AXES]
+    found = [(n + 2 * padding - k) // s + 1 for n, k, s in zip(sizes, window, strides, strict=True)]
+    if min(found) < 1:
         raise ValueError(
-            f'images of {height}x{width}, padded by {padding}, are too small for a window of '
+            f'images of {sizes[0]}x{sizes[1]}, padded by {padding}, are too small for a window of '
             f'{window[0]}x{window[1]}; use larger images'
         )
+    return found
 
 
 class Conv(nn.Module):
@@ -167,7 +167,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         if x.ndim != (5 if in_groups() else 4):
             raise ValueError(f'got images {x.shape}; a model takes them through `enter` first')
-        check_window(x, self.kernel_size, self.padding)
+        places(x, self.kernel_size, self.strides, self.padding)  # at least one
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         convolve = _convolve_groups if in_groups() else _convolve
@@ -180,10 +180,14 @@ class Conv(nn.Module):
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: int) -> jax.Array:
     """Images ``[batch, height, width, channels]``."""
-    columns = _columns_at_once(x, kernel, strides, padding)
-    if columns > 1:
-        return _convolve_columns(x, kernel, padding, columns)
-    return lax.conv_general_dilated(x, kernel, strides, [(padding,) * 2] * 2, dimension_numbers=_LAYOUT)
+    pads = ((padding, padding),) * 2
+    if x.dtype.itemsize <= 2 and _wastes_channels():
+        if strides != (1, 1) and x.shape[-1] <= _IMAGE_CHANNELS:
+            (x, kernel, pads), strides = _in_blocks(x, kernel, strides, padding), (1, 1)
+            x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*x.shape[:2], x.shape[3], -1)
+        elif (columns := _columns_at_once(x, kernel, strides, padding)) > 1:
+            return _convolve_columns(x, kernel, padding, columns)
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
 
 
 def _convolve_columns(x, kernel, padding, columns):
@@ -192,7 +196,7 @@ def _convolve_columns(x, kernel, padding, columns):
     rows, _, _, features = kernel.shape
     reach = -(-padding // columns)  # of the kernel, to either side
     wide = 2 * reach + 1
-    of_columns = [_fit(kernel, 1, columns * reach - padding + k, columns * wide) for k in range(columns)]
+    of_columns = [fit(kernel, 1, columns * reach - padding + k, columns * wide) for k in range(columns)]
     y = lax.conv_general_dilated(
         x.reshape(batch, height, width // columns, columns * channels),
         jnp.stack(of_columns, 3).reshape(rows, wide, columns * channels, columns * features),
@@ -206,8 +210,7 @@ def _convolve_columns(x, kernel, padding, columns):
 def _columns_at_once(x, kernel, strides, padding) -> int:
     """Neighbouring columns of images that are taken for one."""
     _, width, *channels = kernel.shape
-    is_same = strides == (1, 1) and width == 2 * padding + 1
-    if not is_same or width == 1 or x.dtype.itemsize > 2 or not _wastes_channels():
+    if strides != (1, 1) or not 1 < width == 2 * padding + 1:
         return 1
     most = max(1, _GPU_CHANNELS // max(channels))
     return next(n for n in range(most, 0, -1) if x.shape[2] % n == 0)
@@ -221,12 +224,8 @@ def _wastes_channels() -> bool:
 
 def _convolve_groups(x, kernel, strides, padding):
     """Images ``[groups, height, width, examples, channels]``: whichever form is fast."""
-    outputs = [
-        (size + 2 * padding - k) // stride + 1
-        for size, k, stride in zip(x.shape[1:3], kernel.shape, strides, strict=False)
-    ]
-    overhangs = any(k > out for k, out in zip(kernel.shape, outputs, strict=False))
-    if overhangs and x.shape[-1] >= _FEWEST_CHANNELS:
+    outputs = places(x, kernel.shape[:2], strides, padding)
+    if np.any(np.greater(kernel.shape[:2], outputs)) and x.shape[-1] >= _FEWEST_CHANNELS:
         many = x.shape[0] * x.shape[3] >= _FEWEST_FOR_MATRIX
         copies = np.prod(x.shape[1:3]) * np.prod(outputs) / np.prod(kernel.shape[:2])
         product = _matrix_product if many and copies <= _LARGEST_MATRIX else _of_patches
@@ -234,14 +233,16 @@ def _convolve_groups(x, kernel, strides, padding):
     if kernel.shape[:2] == (1, 1) and not padding:
         return _convolve_dense(x[:, :: strides[0], :: strides[1]], kernel, ((0, 0), (0, 0)))
     if strides != (1, 1):
-        return _strided(x, kernel, strides, padding, outputs)
+        x, kernel, pads = _in_blocks(x, kernel, strides, padding)
+        x = jnp.concatenate([x[:, :, i, :, j] for i, j in np.ndindex(*strides)], -1)
+        return _convolve_dense(x, kernel, pads)
     return _convolve_dense(x, kernel, ((padding,) * 2,) * 2)
 
 
 def _matrix_product(x, kernel, strides, padding, outputs):
     """With one matrix from the pixels of an image to those of its output; without their padding."""
     for axis, (size, stride, out) in enumerate(zip(x.shape[1:3], strides, outputs, strict=True)):
-        seen = [_fit(kernel, 2 * axis, p * stride - padding, size) for p in range(out)]
+        seen = [fit(kernel, 2 * axis, p * stride - padding, size) for p in range(out)]
         kernel = jnp.stack(seen, axis)
     return jnp.einsum('ghwei,pqhwio->gpqeo', x, kernel)
 
@@ -257,25 +258,27 @@ def _of_patches(x, kernel, strides, padding, outputs):
     return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _strided(x, kernel, strides, padding, outputs):
-    """With stride 1: each block of ``strides`` pixels becomes the channels of one pixel."""
-    pads, blocks = [], []
-    for axis, (k, stride, out) in enumerate(zip(kernel.shape, strides, outputs, strict=False)):
+def _in_blocks(x, kernel, strides, padding):
+    """For stride 1: each block of ``strides`` pixels is to become the channels of one pixel.
+
+    Images as ``[n, rows, stride, columns, stride, ...]``; kernel and padding for what they become.
+    """
+    outputs, pads, blocks = places(x, kernel.shape[:2], strides, padding), [], []
+    for axis, (stride, out) in enumerate(zip(strides, outputs, strict=True)):
         low = -(-padding // stride)  # blocks before the images, which thus need not be moved
         shift = low * stride - padding
-        size = -(-(shift + k) // stride)
-        kernel = _fit(kernel, axis, shift, size * stride)
+        size = -(-(shift + kernel.shape[axis]) // stride)
+        kernel = fit(kernel, axis, shift, size * stride)
         pads.append((low, 0))
-        x = _fit(x, axis + 1, 0, (out + size - 1 - low) * stride)  # all that the outputs see, no more
+        x = fit(x, axis + 1, 0, (out + size - 1 - low) * stride)  # all that the outputs see, no more
         blocks.append((x.shape[axis + 1] // stride, stride, size))
     (rows, down, tall), (columns, across, wide) = blocks
-    x = x.reshape(-1, rows, down, columns, across, *x.shape[3:])
-    x = jnp.concatenate([x[:, :, i, :, j] for i, j in np.ndindex(down, across)], -1)
     kernel = kernel.reshape(tall, down, wide, across, *kernel.shape[2:]).transpose(0, 2, 1, 3, 4, 5)
-    return _convolve_dense(x, kernel.reshape(tall, wide, -1, kernel.shape[-1]), tuple(pads))
+    kernel = kernel.reshape(tall, wide, -1, kernel.shape[-1])
+    return x.reshape(-1, rows, down, columns, across, *x.shape[3:]), kernel, tuple(pads)
 
 
-def _fit(x, axis, low, size):
+def fit(x, axis, low, size):
     """Zeros, or a cut, before and behind along an axis, so that it has ``size`` elements.
 
     The old first one comes to ``low``.
@@ -305,7 +308,7 @@ def _rows(x, kernel, pads, examples):
     down = 1
     if max(channels, features) <= _FEW_CHANNELS:
         down, pads = 2, ((pads[0][0], pads[0][1] + out % 2), pads[1])
-        kernel = jnp.concatenate([_fit(kernel, 0, low, rows + 1) for low in range(2)], 3)
+        kernel = jnp.concatenate([fit(kernel, 0, low, rows + 1) for low in range(2)], 3)
     y = lax.conv_general_dilated(
         x,
         kernel,

@@ -6,16 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from adabatch_jax.models.conv import (
     SPATIAL_AXES,
     Conv,
     as_written,
-    check_window,
+    fit,
+    in_groups,
     in_order,
     leave,
+    places,
     rows_at_once,
 )
 
@@ -163,22 +167,79 @@ def max_pool(x, window: int, stride: int, padding: int = 0):
     """The largest of each ``window x window`` pixels; the gradient goes to the first of equals.
 
     For small windows: pixel by pixel, without XLA's operations for windows, which fuse with nothing, and
-    whose gradient is a scatter on a GPU.
+    whose gradient is a scatter on a GPU. There what is kept for the gradient is where each largest was;
+    on a CPU, where that took longer, what each comparison gave.
 
     Raises:
       ValueError: images that are smaller than a window.
     """
-    check_window(x, (window, window), padding)
+    return (_first_largest if in_groups() else _largest)(x, window, stride, padding)
+
+
+def _pixels(x, window, stride, padding):
+    """What is at each place of the windows, row by row."""
+    outputs = places(x, (window, window), (stride, stride), padding)
     around = [(padding, padding) if axis in SPATIAL_AXES else (0, 0) for axis in range(x.ndim)]
     x = jnp.pad(x, around, constant_values=-jnp.inf) if padding else x
-    rows, columns = ((x.shape[axis] - window) // stride * stride + 1 for axis in SPATIAL_AXES)
-    pixels = itertools.product(range(window), repeat=2)
-    values = (x[:, i : i + rows : stride, j : j + columns : stride] for i, j in pixels)
-    return functools.reduce(_first_largest, values)
+    rows, columns = ((n - 1) * stride + 1 for n in outputs)
+    for i, j in itertools.product(range(window), repeat=2):
+        yield x[:, i : i + rows : stride, j : j + columns : stride]
 
 
-def _first_largest(found, value):
-    return jnp.where((value <= found) | jnp.isnan(found), found, value)
+def _stays(found, value):
+    return (value <= found) | jnp.isnan(found)
+
+
+def _first_largest(x, window, stride, padding):
+    values = _pixels(x, window, stride, padding)
+    return functools.reduce(lambda a, b: jnp.where(_stays(a, b), a, b), values)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _largest(x, window, stride, padding):
+    """The same, with a gradient of its own."""
+    return _first_largest(x, window, stride, padding)
+
+
+def _largest_forward(x, window, stride, padding):
+    """Keeps the number of each largest pixel in its window."""
+    found, *values = _pixels(x, window, stride, padding)
+    number = jnp.zeros(found.shape, np.min_scalar_type(window**2))
+    for k, value in enumerate(values, 1):
+        stays = _stays(found, value)
+        found, number = jnp.where(stays, found, value), jnp.where(stays, number, number.dtype.type(k))
+    return found, (number, x.shape)
+
+
+def _largest_backward(window, stride, padding, residuals, change):
+    """Each pixel looks into the windows that it is in, whether it was their largest.
+
+    Padded images are taken as blocks of ``stride x stride`` pixels. A pixel is in a window that begins
+    with its block, in one that begins with the block before, and so on, each time at another place.
+    """
+    number, shape = residuals
+    before = (window - 1) // stride
+    numbers = np.full(2 * [(before + 1) * stride], window**2, number.dtype)  # that is no place's
+    numbers[:window, :window] = np.arange(window**2).reshape(window, window)
+    numbers = numbers.reshape(before + 1, stride, before + 1, stride, *[1] * (len(shape) - 3))
+
+    def of_blocks(x, *blocks):
+        """What is of windows that begin so many blocks before, for all pixels of a block."""
+        for axis, k in zip(SPATIAL_AXES, blocks, strict=True):
+            x = fit(x, axis, k, x.shape[axis] + before)
+        return jnp.expand_dims(x, (2, 4))
+
+    x = 0
+    for i, j in itertools.product(range(before + 1), repeat=2):
+        is_largest = of_blocks(number, i, j) == np.expand_dims(numbers[i, :, j], 1)
+        x += jnp.where(is_largest, of_blocks(change, i, j), 0)
+    x = x.reshape(shape[0], x.shape[1] * stride, x.shape[3] * stride, *shape[3:])
+    for axis in SPATIAL_AXES:
+        x = fit(x, axis, -padding, shape[axis])
+    return (x,)
+
+
+_largest.defvjp(_largest_forward, _largest_backward)
 
 
 def mean_over_pixels(x):
