@@ -73,8 +73,10 @@ class Experiment:
     examples_at: Callable | None = None  # the order of examples, if it is not that of epochs
 
     def initial_state(self) -> train_state.TrainState:
-        """The train state before the first update, on the default device."""
-        return self._create(steps.cpu_options(steps.FOR_ONE_USE))
+        """The train state before the first update, on a CPU."""
+        device, options = steps.for_one_use()
+        with jax.default_device(device):
+            return self._create(options)
 
     @property
     def state_shapes(self) -> train_state.TrainState:
@@ -82,9 +84,8 @@ class Experiment:
         return jax.eval_shape(self._create)
 
     def _create(self, compiler_options: dict[str, Any] | None = None) -> train_state.TrainState:
-        shape, seed = self.info.image_shape, self.config.seed
-        create = train_state.create
-        return create(self.model, self.optimizer, shape, seed, self.reduction, compiler_options)
+        of_data = self.info.image_shape, self.config.seed, self.reduction
+        return train_state.create(self.model, self.optimizer, *of_data, compiler_options)
 
     def open_pipeline(self):
         """The input pipeline, its data loaded or found; see ``input_pipeline.create``."""
@@ -300,9 +301,8 @@ def describe(
     policy = _policy(config, rate, clock)
     is_measured = config.batch.gradient_statistics or rule == 'barzilai_borwein'
     statistics = policy.statistics or ('norms' if is_measured else '')
-    note = f'{policy.note} {policies.control(config, policy)}'.strip()
-    if rule != 'schedule':
-        note = f'{note} {SEARCHED.format(rule)}'.strip()
+    searched = SEARCHED.format(rule) if rule != 'schedule' else ''
+    note = ' '.join(filter(None, [policy.note, policies.control(config, policy), searched]))
     plan = _plan(config, clock, policy, rate, statistics, num_devices, begun_on_others)
     model, has_batch_norm = _model(config, info)
     with user_errors('config.optimizer'):

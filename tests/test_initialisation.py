@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import tiny
 
-from adabatch_jax import models, optimizers, steps, train_state
+from adabatch_jax import experiment, models, optimizers, steps, train_state
+from adabatch_jax.config import resolve
 
 
 def initial(model, side):
@@ -92,13 +94,37 @@ def test_the_same_seed_gives_the_same_state_and_another_one_another():
     assert digest(0) == digest(0) != digest(1)
 
 
-def test_initial_weights_are_the_same_however_they_are_compiled():
+def test_initial_weights_are_the_same_however_they_are_compiled(monkeypatch):
+    monkeypatch.delenv('XLA_FLAGS')  # which has options for the tests
     model, optimizer = models.get_model('cnn', 10), optimizers.create('sgd')
 
     def digest(**options):
         create = train_state.create
         return train_state.params_digest(create(model, optimizer, (8, 8, 1), compiler_options=options))
 
-    assert digest(**steps.FOR_ONE_USE) == digest(xla_backend_optimization_level=3)
+    _, options = steps.for_one_use()
+    assert options and digest(**options) == digest(xla_backend_optimization_level=3)
     in_a_jit = jax.jit(lambda: train_state.create(model, optimizer, (8, 8, 1)))()
     assert train_state.params_digest(in_a_jit) == digest()
+
+
+def test_initial_weights_are_made_on_a_cpu_where_there_is_one(monkeypatch):
+    local_devices = jax.local_devices
+
+    def where(*, backend):
+        assert backend == 'cpu'
+        return local_devices()[1:]
+
+    monkeypatch.setattr(jax, 'local_devices', where)
+    parts = experiment.describe(resolve(tiny()))
+    devices = {x.device for x in jax.tree.leaves(parts.initial_state())}
+    assert devices == {local_devices()[1]}
+    monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=1')
+    assert steps.for_one_use() == (local_devices()[1], {})
+
+    def unknown(*, backend):
+        raise RuntimeError(f'Unknown backend {backend}')  # as JAX does with JAX_PLATFORMS=cuda
+
+    monkeypatch.setattr(jax, 'local_devices', unknown)
+    assert steps.for_one_use() == (None, {})
+    assert {x.device for x in jax.tree.leaves(parts.initial_state())} == {jax.devices()[0]}

@@ -2,14 +2,13 @@
 
 from adabatch_jax.steps.compiled import (
     CACHE,
-    FOR_ONE_USE,
     MOST_STEPS,
     CompiledStep,
     StepCache,
     batch_shapes,
     compile_part,
     compile_step,
-    cpu_options,
+    for_one_use,
 )
 from adabatch_jax.steps.pure import (
     batch_gradient,
@@ -22,7 +21,6 @@ from adabatch_jax.steps.spec import STATISTICS, Normalize, StepSpec
 
 __all__ = [
     'CACHE',
-    'FOR_ONE_USE',
     'MOST_STEPS',
     'STATISTICS',
     'CompiledStep',
@@ -34,8 +32,8 @@ __all__ = [
     'batch_shapes',
     'compile_part',
     'compile_step',
-    'cpu_options',
     'eval_step',
+    'for_one_use',
     'train_step',
     'train_steps',
 ]

@@ -55,15 +55,26 @@ MOST_STEPS = 16  # that a ``StepCache`` keeps
 # fusion without MLIR, a whole context of which it would set up for each; newer versions cannot any more.
 # And LLVM does not unroll loops. Steps were seen from as fast as before to an eighth slower.
 _QUICK = {'xla_cpu_use_fusion_emitters': False, 'xla_backend_optimization_level': 1}
-# What makes the initial weights runs once, and is as fast; it compiles in less than half the time.
-FOR_ONE_USE = {'xla_backend_optimization_level': 2}
+# What makes the initial weights is as fast, and compiles in less than half the time.
+_FOR_ONE_USE = {'xla_backend_optimization_level': 2}
 
 
-def cpu_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Compiler options that are for CPUs, without those that the environment sets; others have none."""
+def for_one_use() -> tuple[jax.Device | None, dict[str, Any]]:
+    """For which device, and with which options, code that runs once is compiled soonest: for a CPU.
+
+    A GPU's compiler took 22 s for the initial weights of ResNet-50, and one CPU core takes 5. Where JAX
+    has no CPU, it is the default device, None.
+    """
+    try:
+        return jax.local_devices(backend='cpu')[0], _unless_set(_FOR_ONE_USE)
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None, {}
+
+
+def _unless_set(options: dict[str, Any]) -> dict[str, Any]:
+    """Compiler options without those that the environment sets."""
     flags = os.environ.get('XLA_FLAGS', '')
-    on_cpu = jax.default_backend() == 'cpu'
-    return {name: value for name, value in options.items() if on_cpu and name not in flags}
+    return {name: value for name, value in options.items() if name not in flags}
 
 
 def _compile(spec, shapes, fn, in_axes, out_axes=None, donate=()):
@@ -72,7 +83,7 @@ def _compile(spec, shapes, fn, in_axes, out_axes=None, donate=()):
     # Abstract values: with several processes pmap takes everything else for arrays of this process.
     shapes = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), shapes)
     lowered = step.lower(*shapes)
-    options = cpu_options(_QUICK) if spec.quick else {}
+    options = _unless_set(_QUICK) if spec.quick and jax.default_backend() == 'cpu' else {}
     while True:
         try:
             return lowered.compile(compiler_options=options)
