@@ -185,7 +185,7 @@ class Experiment:
             likely = self.in_parts()
             if likely.plan.split(first) != self.plan.split(first):
                 specs = []
-            specs = [likely.train_spec(largest), *specs]
+            specs = [next(iter(likely.train_specs(largest).values())), *specs]
         for spec in specs:
             steps.CACHE.precompile(spec)
 

@@ -74,8 +74,11 @@ def fit(
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)
     largest, as_given, experiment = experiment.plan.usable[-1], experiment, experiment.in_parts()
-    # The processes have to agree, and what their compilers tell may differ.
-    while (needed := distributed.largest(memory_of(experiment.train_spec(largest)))) > available:
+    while True:
+        spec = next(iter(experiment.train_specs(largest).values()))  # that its stage will train with
+        # The processes have to agree, and what their compilers tell may differ.
+        if (needed := distributed.largest(memory_of(spec))) <= available:
+            break
         microbatch, _ = experiment.plan.split(largest)
         smallest = experiment.plan.microbatch_multiple
         if microbatch == smallest:

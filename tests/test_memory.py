@@ -47,6 +47,22 @@ def fit(available, fixed=100, per_example=10, **changes):
     return memory.fit(described, available, memory_of), asked
 
 
+def test_what_is_compiled_for_the_search_is_what_its_stage_trains_with():
+    changes = {'dataset.pipeline': 'device', 'compile.updates_per_dispatch': 2}
+    described, asked = describe(resolve(make_config(**changes))), []
+
+    def memory_of(spec):
+        asked.append(spec)
+        return 0
+
+    memory.fit(described, 1, memory_of)
+    described.begin_compiling(8)
+    began = list(steps.CACHE._futures)
+    steps.CACHE.clear()
+    with_largest = described.train_specs(32)
+    assert with_largest.keys() == {2} and asked == [with_largest[2]] == began[:1]
+
+
 # Two devices and a largest batch of 32: shares of 16.
 @pytest.mark.parametrize(
     'available, largest', [(1000, 16), (260, 16), (259, 8), (180, 8), (179, 4), (130, 2), (110, 1)]
