@@ -284,11 +284,15 @@ def _restored(folder: pathlib.Path, state: train_state.TrainState):
     return state, host, examples_seen
 
 
+def _has_schedule(experiment: Experiment, host: dict[str, Any]) -> bool:
+    """Whether a run has the schedule of its checkpoint, which then has the decision that comes next."""
+    return host['schedule'] == schedule_of(experiment.config)
+
+
 def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
     """Refuses another schedule for a run that has nothing left to train with it."""
     clock = experiment.clock
-    is_another = host['schedule'] != schedule_of(experiment.config)
-    if is_another and examples_seen >= clock.total_examples:
+    if not _has_schedule(experiment, host) and examples_seen >= clock.total_examples:
         raise ConfigError(
             f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
             f'{clock.epoch(examples_seen):.6g}; accepted with another schedule: more than that'
@@ -298,7 +302,7 @@ def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examp
 def _check_devices(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
     """Refuses devices that cannot share the batches still to come; those before may have had others."""
     policy, plan, upcoming = experiment.policy, experiment.plan, host['upcoming']
-    goes_on = host['schedule'] == schedule_of(experiment.config)
+    goes_on = _has_schedule(experiment, host)
     if goes_on and upcoming is None:  # nothing is left
         return
     if policy.planned:
@@ -358,8 +362,8 @@ def _begins_with(experiment: Experiment, host: dict[str, Any] | None) -> int | N
     """The batch size of the first update to come, where that is known before anything is decided."""
     if host is None:
         return experiment.policy.transitions[0].batch_size
-    is_same = host['schedule'] == schedule_of(experiment.config)
-    return host['upcoming']['batch_size'] if is_same and host['upcoming'] else None
+    goes_on = _has_schedule(experiment, host)
+    return host['upcoming']['batch_size'] if goes_on and host['upcoming'] else None
 
 
 def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
