@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from adabatch_jax import metrics
-from adabatch_jax.config import CONFIG_FILE, RUNTIME_KEYS, flatten, identifies_data
+from adabatch_jax.config import (
+    CONFIG_FILE,
+    RUNTIME_KEYS,
+    default_config,
+    flatten,
+    identifies_data,
+)
 
 Record = dict[str, Any]
 # Runs that differ in this alone are seeds of one experiment.
@@ -21,6 +27,13 @@ SEED = 'seed'
 RESOLUTION = 1e-7
 # How a run was carried out, not what it is.
 IGNORED = (*RUNTIME_KEYS, 'log_every_steps')
+# What of that times depend on.
+TIMED = (
+    'compile.precompile',
+    'compile.quick',
+    'compile.updates_per_dispatch',
+    'dataset.pipeline',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +98,15 @@ class Run:
     def carried_out(self) -> dict[str, list[str]]:
         """On what, and how, where times depend on it: what each of its sessions had, by what it is."""
         found: dict[str, list[str]] = {}
+        defaults = flatten(default_config())  # for a config of a version that did not have the key
+        settings = {key: self.config.get(key, defaults[key]) for key in TIMED if self.config}
         for session in self.of_kind('session'):
             versions = session.get('versions')
             had = {
                 'kind of device': session.get('device'),
                 'number of devices': session.get('num_devices'),
                 'version of jax': versions.get('jax') if isinstance(versions, dict) else None,
-                'compile.quick': self.config.get('compile.quick', False) if self.config else None,
+                **settings,
             }
             for what, value in had.items():
                 if value is not None:  # as in records of a version that did not write it
@@ -159,6 +174,11 @@ class Group:
     label: str
     runs: tuple[Run, ...]
 
+    @property
+    def leading(self) -> Run:
+        """The run that stands for all where one has to: the first of those that have come farthest."""
+        return max(self.runs, key=lambda run: run.epoch)
+
     def same_seeds(self) -> dict[int, list[Run]]:
         """The runs of each seed that has several, which are not independent."""
         of_seeds: dict[int, list[Run]] = {}
@@ -171,7 +191,9 @@ class Group:
         return Spread.of(run.summary.get(name) for run in self.runs if run.summary)
 
     def curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, ...]:
-        """Mean ``x``, and mean, smallest and largest ``y`` of the runs, as far as all have come.
+        """Mean ``x``, and mean, smallest and largest ``y`` of the runs with such records.
+
+        As far as all of those have come.
 
         They are compared where they have seen as many examples, since no two take as long; between the
         points of a run it is taken for linear. The points are those of the first run, and the ends of

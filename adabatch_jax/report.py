@@ -96,17 +96,18 @@ def comparison_table(groups: Sequence[Group]) -> Table:
         'Means over seeds, with the smallest and the largest; batch sizes: of all stages. Training: '
         'forward, backward and update, and all that probes of critical_batch take, without evaluation, '
         'checkpoints and waiting for compilation; speed-ups are over the first run, the one of wall '
-        'time with its set-up and all else. Curves reach as far as all seeds have come, bands from the '
-        'lowest seed to the highest; dotted lines: transitions of the first seed.'
+        'time with its set-up and all else. Curves reach as far as all seeds with such records have '
+        'come, bands from the lowest seed to the highest; batch sizes, learning rates and dotted lines '
+        '(transitions) are of the first seed of those that have come farthest.'
     )
     return Table('Comparison', columns, rows, note)
 
 
 def evaluated(groups: Sequence[Group]) -> str:
-    """The split that runs were evaluated on, without its slice; ``'test'`` where that differs."""
+    """The split that runs were evaluated on, without its slice, or all of them where they differ."""
     records = [r for group in groups for run in group.runs for r in run.of_kind('eval')]
     splits = {str(record.get('split')).partition('[')[0] for record in records}
-    return splits.pop() if len(splits) == 1 else 'test'
+    return ' or '.join(sorted(splits)) or 'test'
 
 
 def passes_table(result: dict[str, Any]) -> Table:
@@ -162,8 +163,13 @@ def minima_table(groups: Sequence[Group]) -> Table:
     """Sharpness and curvature where the runs ended."""
     found = [minima(group) for group in groups]
     names = list(dict.fromkeys(name for values in found for name in values))
+
+    def mean(values: list[float], num_runs: int) -> str:
+        some = f', {len(values)} of {num_runs} runs' if 0 < len(values) < num_runs else ''
+        return number(Spread.of(values)) + some
+
     rows = [
-        (group.label, *(number(Spread.of(values.get(name, ()))) for name in names))
+        (group.label, *(mean(values.get(name, []), len(group.runs)) for name in names))
         for group, values in zip(groups, found, strict=True)
     ]
     records = [run.minimum for group in groups for run in group.runs if run.minimum]
@@ -178,8 +184,8 @@ def minima_table(groups: Sequence[Group]) -> Table:
 
 
 def stage_table(group: Group) -> Table:
-    """The stages of the first run of a group."""
-    run, rows = group.runs[0], []
+    """The stages of the run that stands for a group."""
+    run, rows = group.leading, []
     for s in comparison.stage_rows(run.records):
         split = '-'
         if s.get('microbatch_size') and s.get('num_microbatches'):
@@ -219,7 +225,13 @@ def notes(groups: Sequence[Group]) -> list[str]:
     for run in (run for group in groups for run in group.runs):
         if run.summary is None:
             found.append(f'{run.directory}: not finished, at epoch {run.epoch:.4g}')
-        for session in run.of_kind('session'):
+        sessions = run.of_kind('session')
+        if (again := len(sessions) - 1) > 0:
+            found.append(
+                f'{run.directory}: taken up again {again} time{"s" * (again != 1)}; its times have a '
+                'set-up each time, and nothing of what was lost by a kill'
+            )
+        for session in sessions:
             reason = str(session.get('reason'))
             if any(what in reason for what in CHANGED):
                 found.append(f'{run.directory}: epoch {session["epoch"]:.4g}: {reason}')
@@ -287,7 +299,9 @@ def minima_figures(groups: Sequence[Group]) -> dict[str, Any]:
 
 def is_wide(drawn: Sequence[figures.Line | None]) -> bool:
     """Whether values are positive and lie so far apart that a logarithmic axis shows more."""
-    return is_spread([y for line in drawn if line is not None for y in line.y])
+    lines = [line for line in drawn if line is not None]
+    lows = [line.y if line.low is None else line.low for line in lines]  # of bands, if there are any
+    return is_spread([y for ys in (*lows, *(line.y for line in lines)) for y in ys])
 
 
 def is_spread(values: Sequence[float]) -> bool:
@@ -310,14 +324,14 @@ def curve(
         return None
     band = (y_scale * low, y_scale * high) if len(group.runs) > 1 else (None, None)
     transitions = (
-        [s['epoch'] for s in comparison.stage_rows(group.runs[0].records)[1:]] if marked else ()
+        [s['epoch'] for s in comparison.stage_rows(group.leading.records)[1:]] if marked else ()
     )
     return figures.Line(group.label, x_scale * positions, y_scale * mean, *band, transitions)
 
 
 def stepped(group: Group, y: str) -> figures.Line | None:
-    """What a stage has, of the first run of a group: the batch size, or the learning rate of updates."""
-    run = group.runs[0]
+    """What a stage has, of the run that stands for a group: the batch size, or the learning rate."""
+    run = group.leading
     if y == 'learning_rate':
         # At a transition that of the last update before it, and the planned one of the first after it.
         is_planned = run.config.get('learning_rate.rule', 'schedule') == 'schedule'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_up_runs import analyzed, control_and_adaptive, write_run
 
-from adabatch_jax import comparison, report, workdir
+from adabatch_jax import comparison, figures, report, workdir
 from adabatch_jax.config import ConfigError, default_config, resolve, to_json
 
 
@@ -226,14 +226,49 @@ def test_times_of_unlike_machines_are_told_in_a_line(tmp_path, what, there, show
     assert report.page([b, c]).notes == [
         f'times are not of the same {what}: {shown[1]} in {b}; {shown[0]} in {c}'
     ]
-    assert report.page([d]).notes == [line.format(d, d)]  # its first part here, the second there
+    again = (
+        f'{d}: taken up again 1 time; its times have a set-up each time, and nothing of what was lost'
+    )
+    assert report.page([d]).notes == [
+        f'{again} by a kill',
+        line.format(d, d),
+    ]  # its parts here and there
     assert report.page([a, c]).notes == []
 
 
-def test_runs_compiled_in_less_time_are_told_from_the_others(tmp_path):
-    runs = [on(tmp_path / 'a', ONE), on(tmp_path / 'b', ONE, seed=1, compile={'quick': True})]
-    line = 'times are not of the same compile.quick: False in {}; True in {}'
-    assert report.page(runs).notes == [line.format(*runs)]
+@pytest.mark.parametrize(
+    'key, by_default, other',
+    [
+        ('compile.quick', False, True),
+        ('compile.precompile', True, False),
+        ('compile.updates_per_dispatch', 0, 15),
+        ('dataset.pipeline', 'auto', 'tf_data'),
+    ],
+)
+def test_runs_that_were_carried_out_in_another_way_are_told(tmp_path, key, by_default, other):
+    section, _, name = key.partition('.')
+    a = on(tmp_path / 'a', ONE)  # of a version that did not have the key
+    b = on(tmp_path / 'b', ONE, seed=1, **{section: {name: other}})
+    line = f'times are not of the same {key}: {by_default} in {a}; {other} in {b}'
+    assert report.page([a, b]).notes == [line]
+
+
+def test_the_run_of_a_group_that_stands_for_all_has_come_farthest(tmp_path):
+    whole, unfinished = (write_run(tmp_path / name, seed=k) for k, name in enumerate(('whole', 'begun')))
+    file = unfinished / 'metrics.jsonl'
+    file.write_text(''.join(line + '\n' for line in file.read_text().splitlines()[:2]))
+    page = report.page([unfinished, whole])
+    (stages,) = (table for table in page.tables if table.title.startswith('Stages'))
+    assert stages.title.endswith(f', of 2 seeds {whole}')
+    for name in ('batch_size_by_epoch', 'learning_rate_by_epoch'):
+        (axes,) = page.drawn[name].axes
+        assert max(axes.lines[0].get_xdata()) == 2.0
+
+
+def test_an_axis_is_not_logarithmic_where_a_band_reaches_zero():
+    points = 'a', [1, 2], [50.0, 0.5]
+    assert report.is_wide([figures.Line(*points), None])
+    assert not report.is_wide([figures.Line(*points, low=[50.0, 0.0], high=[50.0, 1.0]), None])
 
 
 def evaluated(folder, ends, slope):

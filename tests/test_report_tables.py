@@ -34,6 +34,15 @@ def test_the_table_has_seconds_of_training_and_two_speed_ups(tmp_path):
     assert row[4:] == ('20', '75.00', '+25.00', '5', '10.0', '2.00', '0.50')
 
 
+def test_accuracies_on_several_splits_are_called_by_all_of_them(tmp_path):
+    folders = [write_run(tmp_path / policy, policy) for policy in ('fixed', 'adabatch')]
+    file = folders[1] / 'metrics.jsonl'
+    file.write_text(file.read_text().replace('"split": "test"', '"split": "train[:50%]"'))
+    groups = comparison.group([comparison.read_run(folder) for folder in folders])
+    assert report.comparison_table(groups).columns[5] == 'test or train accuracy, %'
+    assert report.comparison_table(groups[1:]).columns[5] == 'train accuracy, %'
+
+
 def test_stages_are_told_with_compilation_and_stall(runs):
     rows = comparison.stage_rows(comparison.read_run(runs[-1]).records)
     assert [(r['batch_size'], r['updates'], r['end_epoch']) for r in rows] == [
@@ -52,9 +61,9 @@ def test_minima_are_compared_where_they_were_analyzed(runs):
     (table,) = (table for table in page.tables if table.title == 'Minima')
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     name = 'sharpness, %, epsilon 0.001 in 7,000 dimensions'
-    assert [row[name] for row in rows] == ['5 (4 to 6)', '1.5 (1 to 2)']
+    assert [row[name] for row in rows] == ['5 (4 to 6)', '1.5 (1 to 2), 2 of 3 runs']
     eigenvalue = 'largest eigenvalue, Hessian'
-    assert [row[eigenvalue] for row in rows] == ['10 (8 to 12)', '3 (2 to 4)']
+    assert [row[eigenvalue] for row in rows] == ['10 (8 to 12)', '3 (2 to 4), 2 of 3 runs']
     assert '40 fixed training examples' in table.note
     (axes,) = page.drawn['sharpness'].axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
@@ -124,7 +133,10 @@ def test_a_session_that_went_on_as_another_run_is_among_the_notes():
     ]
     group = comparison.Group('run', (comparison.Run('run', {}, sessions, ()),))
     told = [f'run: epoch 2: {reason}' for reason in reasons]
-    assert report.notes([group]) == ['run: not finished, at epoch 2', *told]
+    again = (
+        'run: taken up again 4 times; its times have a set-up each time, and nothing of what was lost'
+    )
+    assert report.notes([group]) == ['run: not finished, at epoch 2', f'{again} by a kill', *told]
 
 
 def test_runs_of_one_seed_are_told_since_they_are_not_independent(tmp_path, capsys):
