@@ -73,7 +73,7 @@ class Experiment:
     examples_at: Callable | None = None  # the order of examples, if it is not that of epochs
 
     def initial_state(self) -> train_state.TrainState:
-        """The train state before the first update, on a CPU."""
+        """The train state before the first update, on the device of ``steps.for_one_use``."""
         device, options = steps.for_one_use()
         with jax.default_device(device):
             return self._create(options)
