@@ -27,13 +27,16 @@ SEED = 'seed'
 RESOLUTION = 1e-7
 # How a run was carried out, not what it is.
 IGNORED = (*RUNTIME_KEYS, 'log_every_steps')
-# What of that times depend on.
-TIMED = (
-    'compile.precompile',
-    'compile.quick',
-    'compile.updates_per_dispatch',
-    'dataset.pipeline',
-)
+# What of that times depend on, with what held in versions that did not have the key.
+TIMED = {
+    key: flatten(default_config())[key]
+    for key in (
+        'compile.precompile',
+        'compile.quick',
+        'compile.updates_per_dispatch',
+        'dataset.pipeline',
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,7 @@ class Run:
     def carried_out(self) -> dict[str, list[str]]:
         """On what, and how, where times depend on it: what each of its sessions had, by what it is."""
         found: dict[str, list[str]] = {}
-        defaults = flatten(default_config())  # for a config of a version that did not have the key
-        settings = {key: self.config.get(key, defaults[key]) for key in TIMED if self.config}
+        settings = {key: self.config.get(key, value) for key, value in TIMED.items() if self.config}
         for session in self.of_kind('session'):
             versions = session.get('versions')
             had = {

@@ -174,21 +174,6 @@ class Experiment:
         snapshot = [self.snapshot_spec(batch_size)] if self.snapshots else []
         return [*snapshot, *self.train_specs(batch_size).values()]
 
-    def begin_compiling(self, first: int) -> None:
-        """Starts to compile what a run needs first, while its data are read.
-
-        That is the step of the largest batch, where the microbatch is yet to be found, and those of the
-        batch size ``first``, unless they wait for that.
-        """
-        largest, specs = self.plan.ladder[-1], self.stage_specs(first)
-        if not self.plan.max_per_device:
-            likely = self.in_parts()
-            if likely.plan.split(first) != self.plan.split(first):
-                specs = []
-            specs = [next(iter(likely.train_specs(largest).values())), *specs]
-        for spec in specs:
-            steps.CACHE.precompile(spec)
-
     def stage_after(self, update: schedules.Update) -> schedules.Update | None:
         """The first update of the stage that follows the one of an update, where that is planned."""
         if not self.policy.planned:

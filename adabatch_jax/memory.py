@@ -39,6 +39,27 @@ def device_bytes() -> int:
     return machine // jax.local_device_count()
 
 
+def largest_spec(experiment: Experiment) -> steps.StepSpec:
+    """The step that tells what a run needs: of the largest batch, one that its stage trains with."""
+    return next(iter(experiment.train_specs(experiment.plan.usable[-1]).values()))
+
+
+def begin_compiling(experiment: Experiment, first: int) -> None:
+    """Starts to compile what a run needs first, while its data are read.
+
+    That is the step of the largest batch, where the microbatch is yet to be found, and those of the
+    batch size ``first``, unless they wait for that.
+    """
+    specs = experiment.stage_specs(first)
+    if not experiment.plan.max_per_device:
+        likely = experiment.in_parts()
+        if likely.plan.split(first) != experiment.plan.split(first):
+            specs = []
+        specs = [largest_spec(likely), *specs]
+    for spec in specs:
+        steps.CACHE.precompile(spec)
+
+
 def step_bytes(spec: steps.StepSpec) -> float:
     """Memory of one device while a step runs; infinite where it is too large to be compiled."""
     try:
@@ -74,11 +95,8 @@ def fit(
     if available is None:
         available = distributed.smallest(device_bytes() * USABLE)
     largest, as_given, experiment = experiment.plan.usable[-1], experiment, experiment.in_parts()
-    while True:
-        spec = next(iter(experiment.train_specs(largest).values()))  # that its stage will train with
-        # The processes have to agree, and what their compilers tell may differ.
-        if (needed := distributed.largest(memory_of(spec))) <= available:
-            break
+    # The processes have to agree, and what their compilers tell may differ.
+    while (needed := distributed.largest(memory_of(largest_spec(experiment)))) > available:
         microbatch, _ = experiment.plan.split(largest)
         smallest = experiment.plan.microbatch_multiple
         if microbatch == smallest:

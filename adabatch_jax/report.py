@@ -299,9 +299,8 @@ def minima_figures(groups: Sequence[Group]) -> dict[str, Any]:
 
 def is_wide(drawn: Sequence[figures.Line | None]) -> bool:
     """Whether values are positive and lie so far apart that a logarithmic axis shows more."""
-    lines = [line for line in drawn if line is not None]
-    lows = [line.y if line.low is None else line.low for line in lines]  # of bands, if there are any
-    return is_spread([y for ys in (*lows, *(line.y for line in lines)) for y in ys])
+    lines = (line for line in drawn if line is not None)
+    return is_spread([y for line in lines for ys in (line.y, line.low) if ys is not None for y in ys])
 
 
 def is_spread(values: Sequence[float]) -> bool:

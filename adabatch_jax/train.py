@@ -236,7 +236,7 @@ def open_run(
         if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
             experiment = experiment.with_microbatches_up_to(max_per_device)
         if config.compile.precompile and (batch_size := _begins_with(experiment, host)):
-            experiment.begin_compiling(batch_size)
+            memory.begin_compiling(experiment, batch_size)
         pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
         if is_new:
             state = experiment.initial_state()

@@ -56,7 +56,7 @@ def test_what_is_compiled_for_the_search_is_what_its_stage_trains_with():
         return 0
 
     memory.fit(described, 1, memory_of)
-    described.begin_compiling(8)
+    memory.begin_compiling(described, 8)
     began = list(steps.CACHE._futures)
     steps.CACHE.clear()
     with_largest = described.train_specs(32)
@@ -195,7 +195,7 @@ def test_no_step_is_compiled_whose_microbatch_is_larger_than_what_a_device_is_gi
         asked.clear()
         monkeypatch.setattr(experiment, 'PART_BYTES', given * size)
         described = describe(resolve(config))
-        described.begin_compiling(16)
+        memory.begin_compiling(described, 16)
         assert all(
             spec.batch_size // jax.device_count() // spec.num_microbatches <= given for spec in asked
         )

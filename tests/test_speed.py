@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from runs import StopAt, of_kind, tiny
 
-from adabatch_jax import compilation_cache, distributed, experiment, run, steps, stream, terminal, train
+from adabatch_jax import (
+    compilation_cache,
+    distributed,
+    experiment,
+    memory,
+    run,
+    steps,
+    stream,
+    terminal,
+    train,
+)
 from adabatch_jax.config import resolve
 from adabatch_jax.steps import compiled
 
@@ -72,7 +82,7 @@ def test_a_dispatch_fetches_once_however_many_updates_it_makes(
 def test_a_run_compiles_for_its_next_update_while_its_data_are_read(tmp_path, monkeypatch):
     begun, parts = [], experiment.Experiment
     open_pipeline = parts.open_pipeline
-    monkeypatch.setattr(parts, 'begin_compiling', lambda self, first: begun.append(first))
+    monkeypatch.setattr(memory, 'begin_compiling', lambda _, first: begun.append(first))
     monkeypatch.setattr(parts, 'open_pipeline', lambda self: begun.append('data') or open_pipeline(self))
     with pytest.raises(train.Preempted):
         train.train(tiny(), tmp_path, StopAt(14))  # 13 updates with 8 examples, and some with 16
