@@ -11,37 +11,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from adabatch_jax import (
     checkpoint,
     compilation_cache,
+    continuation,
     distributed,
     memory,
     metrics,
-    optimizers,
-    policies,
     schedules,
     steps,
     terminal,
-    train_state,
     workdir,
 )
 from adabatch_jax.checkpoint import SaveFailed
-from adabatch_jax.config import (
-    OF_A_MACHINE,
-    SCHEDULE,
-    ConfigError,
-    default_config,
-    flatten,
-    resolve,
-    schedule_of,
-    user_errors,
-)
+from adabatch_jax.config import OF_A_MACHINE, SCHEDULE, ConfigError, flatten, resolve, user_errors
 from adabatch_jax.evaluate import DATA_ERRORS
 from adabatch_jax.experiment import Experiment, describe
-from adabatch_jax.host_state import HostState
 from adabatch_jax.run import Diverged, Run
 
 __all__ = ['Diverged', 'Preempted', 'SaveFailed', 'fitted', 'plan', 'train']
@@ -222,20 +209,17 @@ def open_run(
     """
     start = time.perf_counter()
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
-    folder, host = directory / checkpoint.FOLDER, None
+    folder, saved = directory / checkpoint.FOLDER, None
     is_new = distributed.from_first(lambda: not checkpoint.steps(folder))
     experiment = describe(config, begun_on_others=not is_new)
     _agree_on_plan(experiment)
     with contextlib.ExitStack() as stack:
         stack.callback(steps.CACHE.cancel_waiting)
         if not is_new:
-            state, host, examples_seen = _restored(folder, experiment.state_shapes)
-            _check_is_before_the_end(experiment, host, examples_seen)
-            _check_devices(experiment, host, examples_seen)
-            state = _search_from_effective(experiment, host, state)
-        if max_per_device := attempt.max_per_device or _kept_microbatch(experiment, host):
+            state, saved = continuation.restore(experiment, folder)
+        if max_per_device := attempt.max_per_device or continuation.kept_microbatch(experiment, saved):
             experiment = experiment.with_microbatches_up_to(max_per_device)
-        if config.compile.precompile and (batch_size := _begins_with(experiment, host)):
+        if config.compile.precompile and (batch_size := continuation.begins_with(experiment, saved)):
             memory.begin_compiling(experiment, batch_size)
         pipeline = stack.enter_context(contextlib.closing(experiment.open_pipeline()))
         if is_new:
@@ -255,120 +239,14 @@ def open_run(
                 stack.enter_context(contextlib.closing(saver))
 
         distributed.from_first(open_files)
-        kept = _host_state(experiment, host, int(state.examples_seen))
-        kept.decides |= not experiment.policy.planned
-        began = start - kept.seconds['wall'] if attempt.began is None else attempt.began
-        run = Run(experiment, pipeline, writer, saver, state, kept, began)
+        host = continuation.host_state(experiment, saved, int(state.examples_seen))
+        began = start - host.seconds['wall'] if attempt.began is None else attempt.began
         if attempt.fall_backs is not None:
-            run.host.counts['fall_backs'] = attempt.fall_backs
+            host.counts['fall_backs'] = attempt.fall_backs
+        run = Run(experiment, pipeline, writer, saver, state, host, began)
         stack.enter_context(contextlib.closing(run.streams))
         stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps
         stack.enter_context(run.display)
         run.host.seconds['setup'] += time.perf_counter() - start
         with user_errors('config.dataset', DATA_ERRORS):
             yield run
-
-
-def _restored(folder: pathlib.Path, state: train_state.TrainState):
-    """State (shapes, but in the first process), host state and position of the last checkpoint."""
-
-    def read():
-        nonlocal state
-        with user_errors('workdir'):
-            state, host = checkpoint.restore(folder, target=state, report=terminal.say)
-        # Keys that its version did not have yet.
-        host['schedule'] = schedule_of(default_config()) | host['schedule']
-        return host, int(state.examples_seen)
-
-    host, examples_seen = distributed.from_first(read)
-    return state, host, examples_seen
-
-
-def _has_schedule(experiment: Experiment, host: dict[str, Any]) -> bool:
-    """Whether a run has the schedule of its checkpoint, which then has the decision that comes next."""
-    return host['schedule'] == schedule_of(experiment.config)
-
-
-def _check_is_before_the_end(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
-    """Refuses another schedule for a run that has nothing left to train with it."""
-    clock = experiment.clock
-    if not _has_schedule(experiment, host) and examples_seen >= clock.total_examples:
-        raise ConfigError(
-            f'config.num_epochs: got {clock.num_epochs:g}, and the run is at epoch '
-            f'{clock.epoch(examples_seen):.6g}; accepted with another schedule: more than that'
-        )
-
-
-def _check_devices(experiment: Experiment, host: dict[str, Any], examples_seen: int) -> None:
-    """Refuses devices that cannot share the batches still to come; those before may have had others."""
-    policy, plan, upcoming = experiment.policy, experiment.plan, host['upcoming']
-    goes_on = _has_schedule(experiment, host)
-    if goes_on and upcoming is None:  # nothing is left
-        return
-    if policy.planned:
-        update = schedules.next_update(
-            experiment.clock,
-            examples_seen,
-            lambda seen: schedules.transition_at(policy.transitions, seen).batch_size,
-        )
-        later = [stage.batch_size for stage in plan.stages if update and stage.start > update.start]
-        to_come = [update.batch_size, *later] if update else []
-    else:
-        lowest = upcoming['batch_size'] if goes_on and not policy.may_shrink else 0
-        to_come = [size for size in policy.ladder if size >= lowest]
-    with user_errors('config.batch'):
-        for size in to_come:
-            plan.split(size)
-
-
-def _search_from_effective(
-    experiment: Experiment, host: dict[str, Any], state: train_state.TrainState
-) -> train_state.TrainState:
-    """The state where step sizes are searched for now, or from another size on, and were not before."""
-    now, before = schedule_of(experiment.config), host['schedule']
-    keys = ('learning_rate.rule', 'learning_rate.effective')
-    is_another = any(before[key] != now[key] for key in keys)
-    if experiment.config.learning_rate.rule == 'schedule' or not is_another:
-        return state
-    start = experiment.config.learning_rate.effective
-    host['observed']['learning_rate'] = start
-    rates = [jnp.full_like(rate, start) for rate in optimizers.learning_rates(state.opt_state)]
-    return state.replace(opt_state=optimizers.with_learning_rate(state.opt_state, *rates))
-
-
-def _host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_seen: int) -> HostState:
-    """That of a checkpoint, or of a run that begins.
-
-    A policy keeps its state through changes of the config that leave it its ladder.
-    """
-    policy, now = experiment.policy, schedule_of(experiment.config)
-    devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-    if saved is None:
-        initial = policies.as_saved(policy.initial_state())
-        return HostState(now, initial, ladder=list(policy.ladder), devices=devices)
-    names = {field.name for field in dataclasses.fields(HostState)}
-    host = HostState(**{name: value for name, value in saved.items() if name in names})
-    is_same = host.schedule['batch.policy'] == now['batch.policy']
-    if host.schedule != now and not (is_same and host.ladder == list(policy.ladder)):
-        known, epoch = host.policy if is_same else {}, experiment.clock.epoch(examples_seen)
-        host.policy = policy.continued(known, epoch, host.batch_size)
-    if host.devices != devices:
-        host.policy = policy.on_other_devices(host.policy)
-    host.ladder, host.devices = list(policy.ladder), devices
-    return host
-
-
-def _begins_with(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
-    """The batch size of the first update to come, where that is known before anything is decided."""
-    if host is None:
-        return experiment.policy.transitions[0].batch_size
-    goes_on = _has_schedule(experiment, host)
-    return host['upcoming']['batch_size'] if goes_on and host['upcoming'] else None
-
-
-def _kept_microbatch(experiment: Experiment, host: dict[str, Any] | None) -> int | None:
-    """The largest microbatch that a checkpoint was trained with, unless it or the ladder is another."""
-    if host is None or host['ladder'] != list(experiment.policy.ladder):
-        return None
-    is_same = host['schedule']['batch.max_per_device'] == experiment.config.batch.max_per_device
-    return host['max_per_device'] if is_same else None

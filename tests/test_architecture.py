@@ -65,6 +65,10 @@ ALLOWED = {
     'stream': {'distributed', 'experiment', 'malloc', 'schedules', 'steps', 'train_state'},
     'records': {'compilation_cache', 'host_state', 'metrics', 'optimizers', 'train_state'},
     'memory': {'config', 'distributed', 'experiment', 'steps'},
+    'continuation': {
+        'checkpoint', 'config', 'distributed', 'experiment', 'host_state', 'optimizers', 'policies',
+        'schedules', 'terminal', 'train_state',
+    },
     'evaluate': {
         'checkpoint', 'compilation_cache', 'config', 'distributed', 'experiment', 'input_pipeline',
         'metrics', 'steps', 'train_state',

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from runs import StopAt, of_kind
 
-from adabatch_jax import main, train, train_state
+from adabatch_jax import continuation, main, train, train_state
 from adabatch_jax.config import ConfigError, resolve, schedule_of
 from adabatch_jax.experiment import describe
 
@@ -65,7 +65,7 @@ def test_devices_have_to_share_the_batches_that_are_still_to_come(
     host = {'schedule': schedule_of(experiment.config) | changes}
     host['upcoming'] = upcoming and {'batch_size': upcoming}
     if refused is None:
-        train._check_devices(experiment, host, seen)
+        continuation.check_devices(experiment, host, seen)
     else:
         with pytest.raises(ConfigError, match=f'batch size {refused} on 8 devices'):
-            train._check_devices(experiment, host, seen)
+            continuation.check_devices(experiment, host, seen)
