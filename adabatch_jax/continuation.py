@@ -58,6 +58,7 @@ def host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_se
     if saved is None:
         saved = {'schedule': now, 'policy': policies.as_saved(policy.initial_state())}
         saved |= {'ladder': list(policy.ladder), 'devices': devices}
+        saved['coupling'] = experiment.learning_rate.coupling
     names = {field.name for field in dataclasses.fields(HostState)}
     host = HostState(**{name: value for name, value in saved.items() if name in names})
     is_same = host.schedule['batch.policy'] == now['batch.policy']
@@ -66,7 +67,9 @@ def host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_se
         host.policy = policy.continued(known, epoch, host.batch_size)
     if host.devices != devices:
         host.policy = policy.on_other_devices(host.policy)
+    host.other_rates |= _had_other_rates(experiment, host)
     host.ladder, host.devices = list(policy.ladder), devices
+    host.coupling = experiment.learning_rate.coupling
     host.decides |= not policy.planned
     return host
 
@@ -112,6 +115,18 @@ def check_devices(experiment: Experiment, saved: dict[str, Any], examples_seen: 
 def _has_schedule(experiment: Experiment, saved: dict[str, Any]) -> bool:
     """Whether a run has the schedule of its checkpoint, which then has the decision that comes next."""
     return saved['schedule'] == schedule_of(experiment.config)
+
+
+def _had_other_rates(experiment: Experiment, host: HostState) -> bool:
+    """Whether the present config gives other learning rates for what a checkpoint has behind it."""
+    now = schedule_of(experiment.config)
+    ends_with_run = now['learning_rate.schedule'] in schedules.ENDING
+    before = host.coupling or experiment.learning_rate.coupling  # that earlier versions did not note
+    return before != experiment.learning_rate.coupling or any(
+        value != host.schedule[key]
+        for key, value in now.items()
+        if key.startswith('learning_rate.') or key == 'num_epochs' and ends_with_run
+    )
 
 
 def _check_is_before_the_end(experiment: Experiment, saved: dict[str, Any], examples_seen: int) -> None:

@@ -28,7 +28,9 @@ class HostState:
       stage: number of the present stage; -1 before the first.
       batch_size: of that stage.
       decides: whether the policy, or one before it in this run, decides during the run.
-      gains: whether decisions gave gains for learning rates, which a schedule for a replay has not.
+      coupling: of the learning rate to the batch.
+      other_rates: whether some learning rates were not what the config says of their batch sizes, which
+        is all that a replay knows: decisions gave gains, or the run had another schedule before.
       stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
       window: sums since the last ``train`` record.
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
@@ -52,7 +54,8 @@ class HostState:
     stage: int = -1
     batch_size: int = 0
     decides: bool = False
-    gains: bool = False
+    coupling: str = ''
+    other_rates: bool = False
     stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     observed: dict[str, Any] = dataclasses.field(default_factory=dict)

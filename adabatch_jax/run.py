@@ -207,7 +207,7 @@ class Run:
             batch = self.stream.take(updates)
         self.state, sums = self.stream.update(self.state, batch, updates, given)
         self.host.seconds['input'] += self.stream.waited
-        self.host.gains |= self.decision.gain is not None
+        self.host.other_rates |= self.decision.gain is not None
         before, self.in_flight = self.in_flight, InFlight(self.step + 1, updates, rates, sums)
         self.step += len(updates)
         self.previous, self.end = updates[-1].start, updates[-1].end
@@ -391,7 +391,7 @@ class Run:
         with self.timed('checkpoint'):
             self.checkpointer.wait()
         try:
-            if self.host.decides and not self.host.gains:
+            if self.host.decides and not self.host.other_rates:
                 workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
             summary = self.record('summary', self.step, self.examples_seen, **records.summary(self))
             self.writer.sync()

@@ -41,6 +41,27 @@ def test_a_run_with_gains_of_its_learning_rate_leaves_nothing_to_replay(tmp_path
         train.plan(tiny(**CONFIG | replay))
 
 
+@pytest.mark.parametrize(
+    'later',
+    [
+        {'batch.policy': 'norm_test'},  # without coupling
+        {'learning_rate.effective': 0.01},
+        {'learning_rate.schedule': 'cosine', 'num_epochs': 2.5},  # another end than before
+        {'batch.statistics.hysteresis': 0.2, 'num_epochs': 2.5},
+    ],
+)
+def test_only_a_run_that_kept_its_learning_rates_leaves_something_to_replay(tmp_path, later):
+    first = {key: later[key] for key in ('learning_rate.schedule',) if key in later}
+    config = CONFIG | {'num_epochs': 2.0} | first
+    with pytest.raises(train.Preempted):
+        train.train(tiny(**config), tmp_path, StopAt(3))
+    for _ in range(2):  # also when it is continued once more, with what it has now
+        with pytest.raises(train.Preempted):
+            train.train(tiny(**config | later), tmp_path, StopAt(1), allow_schedule_change=True)
+    train.train(tiny(**config | later), tmp_path)
+    assert (tmp_path / 'schedule.json').exists() == ('batch.statistics.hysteresis' in later)
+
+
 def test_a_replay_of_a_run_that_is_another_now_is_refused_and_left_as_it_is(tmp_path):
     source, directory = tmp_path / 'source', tmp_path / 'replay'
     train.train(tiny(**SHORT), source)

@@ -33,7 +33,7 @@ class Cabs(StatisticalPolicy):
     def averaged(self, state: State, quantities: dict[str, float], batch_size: int) -> State:
         if not self.own.reference:
             return super().averaged(state, quantities, batch_size)
-        return {'sums': decayed(state['sums'], quantities, 0.95)}
+        return {'sums': decayed(state['sums'], quantities, 0.95), 'weight': 1.0}
 
     def wanted(self, averages: dict[str, float], state: State) -> float:
         return self.own.scale * state['learning_rate'] * quotient(averages['variance'], averages['loss'])

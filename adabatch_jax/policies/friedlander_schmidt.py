@@ -3,7 +3,8 @@
 Friedlander and Schmidt, "Hybrid Deterministic-Stochastic Methods for Data Fitting", 2012: the sample
 of iteration k + 1 has ``min(ceil(1.1 B_k + 1), N)`` examples, which keeps the linear rate of the full
 gradient. Each batch size is a compiled step of its own, so the batch is the next rung of the
-ladder at or above the sample: never smaller than the method asks for.
+ladder at or above the sample: never smaller than the method asks for, up to the end of the ladder, which
+is N where ``batch.max_size`` says so.
 """
 
 import math

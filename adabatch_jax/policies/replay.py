@@ -2,8 +2,8 @@
 
 ``batch.replay`` names the work directory of a finished run that was driven by statistics. With the rest
 of its config the replay ends in the same weights: it splits its batches in the same way and has its
-coupling. A run whose decisions gave gains in place of the coupling, as those of ``adascale``, leaves no
-schedule.
+coupling. A run leaves no schedule whose decisions gave gains in place of the coupling, as those of
+``adascale``, or which was continued with other learning rates or another coupling.
 """
 
 import json
@@ -27,7 +27,8 @@ def load(workdir: str | os.PathLike) -> dict[str, Any]:
     if not str(workdir) or not path.is_file():
         raise ValueError(
             f'replay: got {str(workdir)!r}; accepted: the work directory of a finished run whose batch '
-            f'sizes, and no gains of its learning rates, were decided by a policy, which holds {FILE}'
+            'sizes, and no gains of its learning rates, were decided by a policy, and that went on with '
+            f'its learning rates wherever it was continued, which holds {FILE}'
         )
     try:
         schedule = json.loads(path.read_text(encoding='utf-8'))

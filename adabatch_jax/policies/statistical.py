@@ -25,11 +25,11 @@ class StatisticalPolicy(Policy):
       averages, never averaged.
     - Between two decisions lie ``decision_epochs``. A decision moves at most ``max_rungs`` up or down,
       and only where the size that is asked for lies beyond the boundary of two rungs by the factor ``1
-      + hysteresis``: noise around a boundary does not make the batch swing. After ``max_switches`` it
-      stays where it is.
-    - With ``min_speedup`` the batch does not grow further where the last rung brought less than that
-      ratio in examples per second over the rung below. Such decisions depend on measured times, which
-      are in the state and hence in the checkpoint.
+      + hysteresis``: noise around a boundary does not make the batch swing, or grow where it never
+      shrinks. After ``max_switches`` it stays where it is.
+    - With ``min_speedup`` the batch does not grow further where it brings less than that ratio in
+      examples per second over the largest smaller size that was trained with. Such decisions depend on
+      measured times, which are in the state and hence in the checkpoint.
 
     An update whose statistics are not finite is left out. Where ``wanted`` is not a number, for example
     because ``|G|^2`` has been estimated as negative, the batch stays.
@@ -144,12 +144,12 @@ class StatisticalPolicy(Policy):
         return rung
 
     def _saturated(self, state: State) -> bool:
-        """Whether the present rung brings too little over the one below, or is not yet measured."""
+        """Whether the present rung brings too little over smaller ones, or is not yet measured."""
         if not self.options.min_speedup or state['rung'] == 0:
             return False
-        times = measured_times(state)
-        here, below = (self.ladder[state['rung'] + k] for k in (0, -1))
-        if not {here, below} <= times.keys():
+        here, times = self.ladder[state['rung']], measured_times(state)
+        below = max((size for size in times if size < here), default=None)  # others were leapt over
+        if here not in times or below is None:
             return here not in times
         return (here / times[here]) / (below / times[below]) < self.options.min_speedup
 

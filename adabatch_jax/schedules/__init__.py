@@ -15,6 +15,7 @@ raises ``ValueError`` with the offending value for arguments that no run could u
 from adabatch_jax.schedules.clock import MAX_EXAMPLES, Clock, Update, next_update
 from adabatch_jax.schedules.learning_rate import (
     COUPLINGS,
+    ENDING,
     LearningRate,
     decay_events,
     effective_schedule,
@@ -33,6 +34,7 @@ from adabatch_jax.schedules.transitions import (
 
 __all__ = [
     'COUPLINGS',
+    'ENDING',
     'MAX_EXAMPLES',
     'Clock',
     'LearningRate',

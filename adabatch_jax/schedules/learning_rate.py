@@ -15,6 +15,7 @@ from adabatch_jax.schedules.clock import Clock
 
 AT_ONCE = 32  # epochs whose rates are worked out together
 COUPLINGS = {'linear': 1.0, 'sqrt': 0.5, 'none': 0.0}
+ENDING = ('cosine', 'polynomial')  # schedules that go to 0 at the end of the run
 
 
 def step_schedule(value: float, decay_factor: float, epochs: Iterable[float]) -> optax.Schedule:
