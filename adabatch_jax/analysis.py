@@ -117,14 +117,18 @@ class Loss:
 
 
 def _sound(
-    folder: pathlib.Path, steps: list[int], target: Any, report: Callable[[str], Any]
+    folder: pathlib.Path,
+    steps: list[int],
+    target: Any,
+    report: Callable[[str], Any],
+    check: Callable[[dict[str, Any]], Any],
 ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Step, state and host state of checkpoints, without those damaged or gone, unless all are."""
     num_sound = 0
     for step in steps:
         with user_errors('workdir'):
             try:
-                state, host = checkpoint.restore(folder, step, target)
+                state, host = checkpoint.restore(folder, step, target, check=check)
             except (checkpoint.Damaged, FileNotFoundError) as error:  # a run in progress removes some
                 if step == steps[-1] and not num_sound:
                     raise
@@ -165,7 +169,7 @@ def analyze(
       The records, from the oldest checkpoint to the latest.
 
     Raises:
-      ConfigError: no run there, or no data.
+      ConfigError: no run there, or one on other data, or no data.
     """
     compilation_cache.enable(config.compile.cache_dir)
     workdir = pathlib.Path(workdir).expanduser()
@@ -177,11 +181,11 @@ def analyze(
     target, options = experiment.state_shapes, config.analysis
     loss = Loss(experiment, target.batch_stats, images, labels, options.batch_size)
     records, file = [], workdir / FILE
-    # What is there, so that a folder that cannot be written to says so now, not after an hour.
-    _write(file, file.read_text(encoding='utf-8', errors='replace') if file.exists() else '')
-    for step, state, host in _sound(folder, steps, target, report):
+    for step, state, host in _sound(folder, steps, target, report, experiment.info.check):
         progress(f'checkpoint {steps.index(step) + 1} of {len(steps)}: update {step:,}')
         began = time.perf_counter()
+        if not records:  # a folder that cannot be written to says so now, not after an hour
+            _write(file, file.read_text(encoding='utf-8', errors='replace') if file.exists() else '')
         records.append(
             {
                 'kind': 'analysis',

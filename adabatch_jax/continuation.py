@@ -29,15 +29,17 @@ def restore(
       The train state (shapes, but in the first process), and what the checkpoint holds beside it.
 
     Raises:
-      ConfigError: no checkpoint can be read, nothing is left to train with another schedule, or the
-        devices cannot share the batches to come.
+      ConfigError: no checkpoint can be read, it is of a run on other data, nothing is left to train with
+        another schedule, or the devices cannot share the batches to come.
     """
     state = experiment.state_shapes
 
     def read():
         nonlocal state
         with user_errors('workdir'):
-            state, saved = checkpoint.restore(folder, target=state, report=terminal.say)
+            state, saved = checkpoint.restore(
+                folder, target=state, report=terminal.say, check=experiment.info.check
+            )
         # Keys that its version did not have yet.
         saved['schedule'] = schedule_of(default_config()) | saved['schedule']
         return saved, int(state.examples_seen)
@@ -71,6 +73,7 @@ def host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_se
     host.ladder, host.devices = list(policy.ladder), devices
     host.coupling = experiment.learning_rate.coupling
     host.decides |= not policy.planned
+    host.data = experiment.info.as_saved()
     return host
 
 

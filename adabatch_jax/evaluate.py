@@ -1,6 +1,7 @@
 """Evaluation: every example once, with running BatchNorm statistics."""
 
 import contextlib
+import functools
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from adabatch_jax import (
     train_state,
 )
 from adabatch_jax.config import ConfigError, user_errors
-from adabatch_jax.experiment import describe
+from adabatch_jax.experiment import Experiment, describe
 
 DATA_ERRORS = (input_pipeline.DataError, metrics.NoExamples)  # found while images are read
 
@@ -49,6 +50,12 @@ def evaluate(state: train_state.TrainState, spec: steps.StepSpec, pipeline) -> d
     return {**metrics.mean_metrics(total), 'num_examples': round(total['count'])}
 
 
+def agree_on_data(experiment: Experiment) -> None:
+    """Refuses data that are not the same in all processes."""
+    data = experiment.info.as_saved().items()
+    distributed.agree({f'config.dataset, {key}': value for key, value in data}, ConfigError)
+
+
 def evaluate_checkpoint(
     config, workdir: str, which: str = 'latest', report: Callable[[str], Any] = warnings.warn
 ) -> dict[str, Any]:
@@ -64,17 +71,19 @@ def evaluate_checkpoint(
       ``step``, ``epoch``, ``split``, ``loss``, ``accuracy`` and ``num_examples``.
 
     Raises:
-      ConfigError: no run there, or no data.
+      ConfigError: no run there, or one on other data, or no data.
     """
     compilation_cache.enable(config.compile.cache_dir, distributed.is_shared)
     experiment = describe(config, num_devices=1)  # the batches of training need not fit these devices
+    agree_on_data(experiment)
     folder = pathlib.Path(workdir, checkpoint.FOLDER).expanduser()
     state = experiment.state_shapes
+    check = functools.partial(experiment.info.check, but=('num_eval',))  # of another split, perhaps
 
     def read():
         nonlocal state
         with user_errors('workdir'):
-            state, _ = checkpoint.restore(folder, which, state, report)
+            state, _ = checkpoint.restore(folder, which, state, report, check)
 
     distributed.from_first(read)
     state = distributed.replicate(distributed.share(state))

@@ -19,6 +19,7 @@ class HostState:
 
     Attributes:
       schedule: keys and values of the config that a run may be continued with others of.
+      data: what tells the examples from others; see ``input_pipeline.DatasetInfo``.
       policy: the policy's state.
       ladder: the policy's, to which its state belongs.
       devices: how many, and what they are.
@@ -48,6 +49,7 @@ class HostState:
 
     schedule: dict[str, Any]
     policy: dict[str, Any]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
     ladder: list[int] = dataclasses.field(default_factory=list)
     devices: str = ''
     upcoming: dict[str, Any] | None = None

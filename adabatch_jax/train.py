@@ -27,7 +27,7 @@ from adabatch_jax import (
 )
 from adabatch_jax.checkpoint import SaveFailed
 from adabatch_jax.config import OF_A_MACHINE, SCHEDULE, ConfigError, flatten, resolve, user_errors
-from adabatch_jax.evaluate import DATA_ERRORS
+from adabatch_jax.evaluate import DATA_ERRORS, agree_on_data
 from adabatch_jax.experiment import Experiment, describe
 from adabatch_jax.run import Diverged, Run
 
@@ -89,10 +89,10 @@ def _agree_on(config: ml_collections.FrozenConfigDict) -> None:
 
 def _agree_on_plan(experiment: Experiment) -> None:
     """Refuses data, or a run to replay, that the first process has otherwise."""
-    info, stages = experiment.info, experiment.plan.stages
-    counts = f'{info.num_train} training and {info.num_eval} evaluation examples'
+    agree_on_data(experiment)
+    stages = experiment.plan.stages
     sizes = ', '.join(f'{stage.num_updates} updates with {stage.batch_size}' for stage in stages)
-    distributed.agree({'config.dataset': counts, 'config.batch': sizes}, ConfigError)
+    distributed.agree({'config.batch': sizes}, ConfigError)
 
 
 @contextlib.contextmanager

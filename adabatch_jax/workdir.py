@@ -155,8 +155,7 @@ def create(config: ml_collections.ConfigDict, plan: Plan, workdir: pathlib.Path)
     microbatches.
 
     Raises:
-      ConfigError: it cannot be written, or the run there had another number of training examples or,
-        with the same config, other stages.
+      ConfigError: it cannot be written, or the run there had, with the same config, other stages.
     """
     has_config = (workdir / CONFIG_FILE).exists()
     is_changed = has_config and bool(differences(config, resolve(read_config(workdir))))
@@ -212,16 +211,10 @@ def _check_goes_on(plan: Plan, workdir: pathlib.Path, is_changed: bool) -> None:
     """Refuses a plan that is not the one that a run began with, though its config may be the same."""
     try:
         before = json.loads((workdir / PLAN_FILE).read_text(encoding='utf-8'))
-        num_examples, planned = before['num_examples'], before['planned']
+        planned = before['planned']
         stages = [(stage['start'], stage['batch_size']) for stage in before['stages']]
     except (OSError, ValueError, LookupError, TypeError):
         return  # not there, or not readable: it is written anew
-    if num_examples != plan.clock.num_examples:
-        raise ConfigError(
-            f'workdir: {str(workdir)!r} holds a run on {num_examples} training '
-            f'example{"s" * (num_examples != 1)}, and the data set has {plan.clock.num_examples} now; '
-            'bring it back as it was, or choose another --workdir'
-        )
     now = [(stage.start, stage.batch_size) for stage in plan.stages]
     if planned and not is_changed and stages != now:  # the run to replay may be another
         differing = next(pair for pair in itertools.zip_longest(stages, now) if pair[0] != pair[1])

@@ -12,7 +12,7 @@ from runs import tiny
 from adabatch_jax import input_pipeline
 from adabatch_jax.config import ConfigError, default_config, resolve
 from adabatch_jax.experiment import describe
-from adabatch_jax.input_pipeline import datasets
+from adabatch_jax.input_pipeline import datasets, npz
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_a_channel_of_one_value_is_divided_by_a_thousandth(tmp_path):
 
 def test_moments_are_exact_in_parts_and_of_images_of_one_value(monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(11, 6, 5, 3), dtype=np.uint8)
-    monkeypatch.setattr(datasets, '_COUNTED', 4 * 6 * 5 * 3)
-    mean, std = datasets._moments(images)
+    monkeypatch.setattr(npz, '_COUNTED', 4 * 6 * 5 * 3)
+    mean, std = npz._moments(images)
     np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, images.std(axis=(0, 1, 2)), rtol=1e-9)
     for value in range(256):
-        mean, std = datasets._moments(np.full((7, 3, 3, 1), value, np.uint8))
+        mean, std = npz._moments(np.full((7, 3, 3, 1), value, np.uint8))
         assert mean == pytest.approx(value) and std == pytest.approx(0, abs=1e-6)
 
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import re
 import socket
 import urllib.request
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +17,14 @@ from adabatch_jax import distributed
 from adabatch_jax.input_pipeline import encoded
 from adabatch_jax.input_pipeline.encoded import EncodedSplit
 from adabatch_jax.input_pipeline.encoded_sources import image_folder_source, records_source
+from adabatch_jax.input_pipeline.npz import npz_source
 from adabatch_jax.input_pipeline.sources import (
     SPLITS,
     Source,
+    read_split,
     split_name,
     split_range,
     tfds_dir,
-    used_splits,
 )
 
 
@@ -34,16 +38,42 @@ class DatasetInfo:
 
     ``mean`` and ``std`` are for each channel, in units of the stored pixel values; ``num_train``
     and ``num_eval`` count the examples of the configured splits. ``is_encoded``: the images stay on
-    disk and are decoded when they are needed.
+    disk and are decoded when they are needed. ``fingerprint`` is that of the ``Source``.
     """
 
+    num_train: int
+    num_eval: int
     image_shape: tuple[int, int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    num_train: int
-    num_eval: int
     is_encoded: bool
+    fingerprint: str
+
+    def as_saved(self) -> dict[str, Any]:
+        """In JSON types, as a checkpoint holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def check(self, saved: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+        """Refuses data that are others than those of a run.
+
+        Args:
+          saved: what a checkpoint holds beside the train state; ``data`` is ``as_saved`` of the run's.
+          but: what may differ.
+
+        Raises:
+          ValueError: naming the first that does.
+        """
+        for key, now in self.as_saved().items():
+            was = saved.get('data', {}).get(key, now)
+            if was != now and key not in but:
+                what = f'data with {key} {was}'
+                if key == 'num_train':
+                    what = f'{was} training example{"s" * (was != 1)}'
+                raise ValueError(
+                    f'there is a run on {what}, and the data set has {now} now; bring it back as it '
+                    'was, or choose another --workdir'
+                )
 
 
 # ------------------------------------------------------------------------------------ digits
@@ -87,73 +117,6 @@ def _synthetic_source(dataset, seed: int) -> Source:
 
     sizes = {'train': count, 'test': count}
     return Source(shape, num_classes, (128.0,) * 3, (45.0,) * 3, sizes, read)
-
-
-# --------------------------------------------------------------------------------------- npz
-
-_COUNTED = 2**24  # bytes of images
-_MOST_CLASSES = 2**20  # of labels in a file; more are taken for a mistake
-
-
-@functools.lru_cache(maxsize=4)
-def _read_npz(path: pathlib.Path, modified: float) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one file, kept until it changes."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays['images'], arrays['labels']
-    except Exception as error:  # a damaged zip raises many kinds
-        raise ValueError(f'data set npz: cannot read {path}: {error}') from error
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-        raise ValueError(
-            f'data set npz: {path}: images has dtype {images.dtype} and shape {images.shape}; '
-            'accepted: uint8 [n, height, width, channels]'
-        )
-    is_right = labels.shape == images.shape[:1] and labels.dtype.kind in 'iu'
-    if not is_right or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
-        values = f', {labels.min()} to {labels.max()}' if is_right else ''
-        raise ValueError(
-            f'data set npz: {path}: labels has dtype {labels.dtype} and shape {labels.shape}{values}; '
-            f'accepted: {len(images)} whole numbers from 0 on, below {_MOST_CLASSES:,}'
-        )
-    return images, labels.astype(np.int32)
-
-
-def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact mean and standard deviation of each channel.
-
-    From counts of the 256 values, some images at a time: NumPy counts in a copy eight times as large.
-    """
-    counts = np.zeros((images.shape[3], 256), np.int64)
-    together = max(1, _COUNTED // images[0].size)
-    for first in range(0, len(images), together):
-        for channel, values in enumerate(np.moveaxis(images[first : first + together], 3, 0)):
-            counts[channel] += np.bincount(values.ravel(), minlength=256)
-    share = counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ np.arange(256)
-    return mean, np.sqrt(np.maximum(0, share @ np.arange(256) ** 2 - mean**2))
-
-
-def _npz_source(dataset, seed: int) -> Source:
-    """``data_dir/SPLIT.npz`` with ``images`` uint8 [n, height, width, channels] and ``labels``."""
-    folder = pathlib.Path(os.path.expanduser(dataset.data_dir))
-    files = {path.stem: path for path in sorted(folder.glob('*.npz'))}
-    if not dataset.data_dir or not files:
-        raise FileNotFoundError(
-            f'data set npz: no .npz file in {str(folder)!r}; set dataset.data_dir to a folder with '
-            'train.npz and test.npz, each with the arrays images (uint8) and labels'
-        )
-
-    def read(split):
-        return _read_npz(files[split], files[split].stat().st_mtime)
-
-    used = used_splits(dataset, files)
-    images, labels = read(used[0])
-    mean, std = _moments(images)
-    sizes = {split: len(read(split)[1]) for split in used}
-    source = Source(images.shape[1:], int(labels.max()) + 1, mean, np.maximum(std, 1e-3), sizes, read)
-    for split in used:
-        _read(source, dataset, split)
-    return source
 
 
 # -------------------------------------------------------------------------------------- TFDS
@@ -276,7 +239,7 @@ def _tfds_source(dataset, seed: int) -> Source:
 SOURCES = {
     'digits': _digits_source,
     'synthetic': _synthetic_source,
-    'npz': _npz_source,
+    'npz': npz_source,
     'image_folder': image_folder_source,
     'imagenet2012': records_source,
     'tiny_imagenet': records_source,
@@ -336,12 +299,13 @@ def dataset_info(dataset, seed: int = 0) -> DatasetInfo:
             'side'
         )
     return DatasetInfo(
+        *(len(split_range(dataset[key], source.sizes, key)) for key in SPLITS),
         source.image_shape,
         source.num_classes,
         source.mean,
         source.std,
-        *(len(split_range(dataset[key], source.sizes, key)) for key in SPLITS),
         source.open is not None,
+        source.fingerprint,
     )
 
 
@@ -355,33 +319,6 @@ def open_split(dataset, split: str) -> EncodedSplit:
     return source.open(split_name(split)).part(split_range(split, source.sizes))
 
 
-def _read(source: Source, dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """A whole split, whatever slice of it is named; refused where it is not what its source tells."""
-    given = source.read(split_name(split))
-    what = f'data set {dataset.name}, split {split}'
-    try:
-        images, labels = map(np.asarray, given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'{what}: {error}; accepted: images of one shape and their labels') from error
-    expected = (source.sizes[split_name(split)], *source.image_shape)
-    if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
-        raise ValueError(
-            f'{what}: got images of {images.dtype} and labels of {labels.dtype}; expected uint8 and '
-            'whole numbers'
-        )
-    if images.shape != expected or labels.shape != expected[:1]:
-        raise ValueError(
-            f'{what}: got images {images.shape} and labels {labels.shape}; expected {expected} and '
-            f'{expected[:1]}'
-        )
-    if not 0 <= labels.min() <= labels.max() < source.num_classes:
-        raise ValueError(
-            f'{what}: got labels {labels.min()} to {labels.max()}; expected labels from 0 on, below '
-            f'{source.num_classes}'
-        )
-    return images, labels
-
-
 def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 ``[n, height, width, channels]``, read-only, and labels int32 ``[n]`` of a split.
 
@@ -390,7 +327,7 @@ def load_split(dataset, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     """
     source = _source(dataset, seed)
     chosen = split_range(split, source.sizes)
-    images, labels = _read(source, dataset, split)
+    images, labels = read_split(source, dataset.name, split)
     part = slice(chosen.start, chosen.stop)
     images = images[part]  # a view of what the source may keep for other runs of this process
     images.setflags(write=False)

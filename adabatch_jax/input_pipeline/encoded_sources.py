@@ -5,20 +5,21 @@ import os
 import pathlib
 
 from adabatch_jax.input_pipeline import encoded
-from adabatch_jax.input_pipeline.sources import Source, tfds_dir, used_splits
+from adabatch_jax.input_pipeline.sources import Source, fingerprint, tfds_dir, used_splits
 
 # Those of ImageNet's training images, for every data set of photographs.
 _PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _IMAGENET = (1000, {'train': 1_281_167, 'validation': 50_000})
 
 
-def _encoded_source(dataset, num_classes, channels, sizes, open_split) -> Source:
+def _encoded_source(dataset, num_classes, channels, sizes, open_split, of_examples='') -> Source:
     """What all encoded images have in common: their size is the config's."""
     side = dataset.image_size or 224
     mean, std = ([255 * x for x in values] for values in _PHOTOGRAPHS)
     if channels != 3:
         mean, std = ([sum(values) / 3] * channels for values in (mean, std))
-    return Source((side, side, channels), num_classes, tuple(mean), tuple(std), sizes, None, open_split)
+    shape = side, side, channels
+    return Source(shape, num_classes, tuple(mean), tuple(std), sizes, None, open_split, of_examples)
 
 
 def records_source(dataset, seed: int) -> Source:
@@ -62,4 +63,5 @@ def image_folder_source(dataset, seed: int) -> Source:
         return encoded.image_folder_split(folder / split, classes)
 
     sizes = {split: len(open_split(split)) for split in used}
-    return _encoded_source(dataset, len(classes), 3, sizes, open_split)
+    names = fingerprint('/'.join(classes).encode(errors='surrogateescape'))
+    return _encoded_source(dataset, len(classes), 3, sizes, open_split, names)

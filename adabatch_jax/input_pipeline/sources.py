@@ -1,6 +1,7 @@
 """What every data set tells of itself, its splits and their slices."""
 
 import dataclasses
+import hashlib
 import numbers
 import os
 import pathlib
@@ -17,7 +18,10 @@ _SPLIT = re.compile(r'([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')  # names may co
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One data set: its shape, its split sizes, and how to read or to open a whole split."""
+    """One data set: its shape, its split sizes, and how to read or to open a whole split.
+
+    ``fingerprint`` is of what else tells its training examples from others, where that is soon known.
+    """
 
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -26,6 +30,7 @@ class Source:
     sizes: dict[str, int]
     read: Callable[[str], tuple[np.ndarray, np.ndarray]] | None  # split -> images uint8, labels int32
     open: Callable[[str], EncodedSplit] | None = None  # instead of ``read``: images stay on disk
+    fingerprint: str = ''
 
     def __post_init__(self):
         for name in ('image_shape', 'mean', 'std'):  # compiled steps are kept by them, so hashable
@@ -45,6 +50,14 @@ class Source:
                 f'mean and std: got {self.mean} and {self.std}; accepted: a number for each of the '
                 f'{channels} channels, std above 0'
             )
+
+
+def fingerprint(*parts: bytes | np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of some bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def tfds_dir(dataset) -> pathlib.Path:
@@ -114,3 +127,34 @@ def split_range(split: str, sizes: dict[str, int], key: str = 'split') -> range:
     if not chosen:
         raise ValueError(f'{key}: got {split!r}, which has no examples; {match[1]} has {size}')
     return chosen
+
+
+def read_split(source: Source, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The whole of a split, whatever slice of it is named.
+
+    Raises:
+      ValueError: it is not what its source tells.
+    """
+    given = source.read(split_name(split))
+    what = f'data set {name}, split {split}'
+    try:
+        images, labels = map(np.asarray, given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{what}: {error}; accepted: images of one shape and their labels') from error
+    expected = (source.sizes[split_name(split)], *source.image_shape)
+    if images.dtype != np.uint8 or labels.dtype.kind not in 'iu':
+        raise ValueError(
+            f'{what}: got images of {images.dtype} and labels of {labels.dtype}; expected uint8 and '
+            'whole numbers'
+        )
+    if images.shape != expected or labels.shape != expected[:1]:
+        raise ValueError(
+            f'{what}: got images {images.shape} and labels {labels.shape}; expected {expected} and '
+            f'{expected[:1]}'
+        )
+    if not 0 <= labels.min() <= labels.max() < source.num_classes:
+        raise ValueError(
+            f'{what}: got labels {labels.min()} to {labels.max()}; expected labels from 0 on, below '
+            f'{source.num_classes}'
+        )
+    return images, labels
