@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import pathlib
 import threading
 import time
 
@@ -12,7 +13,7 @@ from test_encoded_images import SIDE, make_pipeline, take, tf, write_folder
 from adabatch_jax import config as config_module
 from adabatch_jax import input_pipeline, main, metrics, train
 from adabatch_jax.config import default_config, to_json
-from adabatch_jax.input_pipeline import decoding, encoded, order
+from adabatch_jax.input_pipeline import datasets, decoding, encoded, order
 
 folder = pytest.fixture(write_folder)
 
@@ -213,6 +214,14 @@ def test_an_image_that_cannot_be_decoded_may_be_removed_before_the_first_checkpo
         train.train(config, tmp_path / 'run')
     image.unlink()
     assert train.train(config, tmp_path / 'run')['updates'] > 0
+
+
+def test_a_damaged_image_that_no_update_takes_does_not_end_a_run(folder, tmp_path):
+    config = run_config(folder, **{'dataset.skip_undecodable': False, 'num_epochs': 0.6})
+    taken, _ = order.examples_at(config.seed, 15, 0, 15)
+    split = datasets.open_split(config.dataset, 'train')
+    pathlib.Path(split.name(taken[12])).write_bytes(b'no image')  # the first one after three updates
+    assert train.train(config, tmp_path / 'run')['updates'] == 3
 
 
 @pytest.mark.parametrize('where', ['train', 'val'])

@@ -100,9 +100,22 @@ def put_split(batch: Any) -> Any:
 
 
 def put_ahead(batches: Iterable[Any]) -> Iterator[Any]:
-    """Puts batches on the devices two ahead of their use."""
-    batches = iter(batches)
-    queue = collections.deque(map(put, itertools.islice(batches, 2)))
+    """Puts batches on the devices two ahead of their use.
+
+    What making a batch raises is raised in its turn: nobody may ask for that batch.
+    """
+
+    def made():
+        try:
+            yield from map(put, batches)
+        except Exception as error:
+            yield error
+
+    ahead = made()
+    queue = collections.deque(itertools.islice(ahead, 2))
     while queue:
-        yield queue.popleft()
-        queue.extend(map(put, itertools.islice(batches, 1)))
+        batch = queue.popleft()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+        queue.extend(itertools.islice(ahead, 1))

@@ -334,8 +334,8 @@ def _read_example(split: EncodedSplit, example: int) -> bytes:
         return split.read(example)
     except OSError as error:
         raise DataError(
-            f'{split.name(example)}: could not be read ({error.strerror or error}); start again when '
-            'its disk can be read'
+            f'{split.name(example)}: could not be read ({error.strerror or error}); start again when it '
+            'is a file there, and its disk can be read'
         ) from error
 
 
