@@ -232,9 +232,9 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         1e-9,
         flag_values=values,
     )
-    flags.DEFINE_string('plot', None, 'File for the figure of --scaling.', flag_values=values)
+    command_line.define_path('plot', 'File for the figure of --scaling.', values)
     flags.DEFINE_bool('run', False, 'Train, and tell where the time goes.', flag_values=values)
-    flags.DEFINE_string('json', None, 'File for the results.', flag_values=values)
+    command_line.define_path('json', 'File for the results.', values)
     command_line.define_common(values, argv)
     return values
 
@@ -313,7 +313,11 @@ def run(values: flags.FlagValues) -> int:
     if values.run:
         with tempfile.TemporaryDirectory(prefix='adabatch-benchmark-') as directory:
             try:
-                summary = train.train(config, directory)
+                with command_line.sigterm() as stop:  # else it would end with the directory left behind
+                    summary = train.train(config, directory, stop)
+            except train.Preempted:
+                terminal.complain('stopped: of a benchmark nothing is kept')
+                return 143
             except train.Diverged as reason:
                 terminal.complain(f'error: {reason}')
                 return 3
@@ -369,7 +373,7 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Runs the command with a command line, its name first; returns the exit status."""
-    return command_line.run(argv, __doc__, define_flags, run)
+    return command_line.run(argv, __doc__, define_flags, run, trains=lambda values: values.run)
 
 
 if __name__ == '__main__':

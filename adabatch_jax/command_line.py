@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
@@ -18,6 +20,21 @@ from adabatch_jax import distributed
 from adabatch_jax.config import ConfigError, default_config, flatten
 
 _BOOLEANS = ('true', 't', '1', 'false', 'f', '0')  # as absl has them
+
+
+class _Path(flags.ArgumentParser):
+    """A path, of which no shell has replaced the ~ behind ``--name=``."""
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+    def flag_type(self) -> str:
+        return 'string'
+
+
+def define_path(name: str, what: str, values: flags.FlagValues) -> None:
+    """Adds ``--name=PATH``, None where it is left out."""
+    flags.DEFINE(_Path(), name, None, what, values)
 
 
 def define_common(values: flags.FlagValues, argv: list[str]) -> None:
@@ -75,8 +92,11 @@ def parse(
 
 def _placed(message: str, error: BaseException | None, argv: list[str]) -> str:
     """A message with the line of the config file that an error arose in, where it arose there."""
-    given = [argument.partition('=')[2] for argument in argv if re.match('--?config=', argument)]
-    files = {os.path.realpath(name.partition('.py')[0] + '.py') for name in given}
+    given = []  # --config=FILE:VARIANT, or --config FILE:VARIANT
+    for argument, following in itertools.pairwise([*argv, '']):
+        if found := re.fullmatch('--?config(=.*)?', argument):
+            given.append(found[1][1:] if found[1] else following)
+    files = {os.path.realpath(name.partition(':')[0]) for name in given}
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if os.path.realpath(frame.filename) in files:
@@ -115,6 +135,26 @@ def check_overrides(argv: list[str]) -> None:
                 kind(value)
         except ValueError:
             raise ConfigError(f'config.{key}: got {value!r}; accepted: {numbers[kind]}') from None
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; with several processes JAX watches for it in all of them."""
+    stop = threading.Event()
+    if not distributed.is_alone():
+        yield stop
+        return
+
+    def ask(*_):
+        # A second one inside `set` would wait for its lock for ever.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(text: str) -> None:

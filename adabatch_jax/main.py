@@ -12,15 +12,10 @@ from adabatch_jax import malloc
 if __name__ == '__main__':
     malloc.restart()  # ahead of the imports that take time
 
-import contextlib
 import json
-import os
 import pathlib
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 
 from absl import flags
 
@@ -47,7 +42,7 @@ UNKNOWN_NAME = re.compile(r'config\.(model\.name|dataset\.name|batch\.policy): g
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command line's flags, fresh for every call of ``main``."""
     values = flags.FlagValues()
-    flags.DEFINE_string('workdir', None, 'Directory of the run.', flag_values=values)
+    command_line.define_path('workdir', 'Directory of the run.', values)
     flags.DEFINE_enum(
         'mode',
         'train',
@@ -77,11 +72,10 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         1,
         flag_values=values,
     )
-    flags.DEFINE_string(
+    command_line.define_path(
         'benchmark',
-        None,
         'Of plan: file of benchmark --scaling --json, to tell how many devices pay off.',
-        flag_values=values,
+        values,
     )
     flags.DEFINE_bool(
         'sweep',
@@ -114,7 +108,6 @@ def trains(values: flags.FlagValues) -> bool:
 
 def run(values: flags.FlagValues) -> int:
     """Does what the command line says; returns the exit status."""
-    values.workdir = values.workdir and os.path.expanduser(values.workdir)
     check(values)
     if distributed.is_joined():  # with another mode the others would wait for ever
         distributed.agree({'--mode': values.mode}, ConfigError)
@@ -176,7 +169,7 @@ def check(values: flags.FlagValues) -> None:
 def train_run(config, directory: str, allow_schedule_change: bool) -> int:
     """Trains, tells how it ended, and returns the exit status."""
     try:
-        with sigterm() as stop:
+        with command_line.sigterm() as stop:
             train.train(config, directory, stop, allow_schedule_change)
     except train.Preempted as reason:
         terminal.complain(f'{reason}; the same command continues')
@@ -245,26 +238,6 @@ def analyze_run(values: flags.FlagValues) -> None:
         terminal.say(f'written to {pathlib.Path(values.workdir, analysis.FILE)}')
 
     distributed.from_first(analyze)
-
-
-@contextlib.contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; with several processes JAX watches for it in all of them."""
-    stop = threading.Event()
-    if not distributed.is_alone():
-        yield stop
-        return
-
-    def ask(*_):
-        # A second one inside `set` would wait for its lock for ever.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: list[str]) -> int:

@@ -358,10 +358,8 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         'format', 'html', ['html', 'md', 'png'], 'What to write; else as --out ends.', flag_values=values
     )
-    flags.DEFINE_string(
-        'out', None, 'File, or folder of png; report.html, report.md or report.', flag_values=values
-    )
-    flags.DEFINE_string('benchmark', None, 'File of benchmark --json.', flag_values=values)
+    command_line.define_path('out', 'File, or folder of png; report.html, report.md or report.', values)
+    command_line.define_path('benchmark', 'File of benchmark --json.', values)
     return values
 
 

@@ -41,7 +41,10 @@ def get_config():
 
 
 def configs(
-    config: ml_collections.ConfigDict, names: Sequence[str], seeds: Sequence[int]
+    config: ml_collections.ConfigDict,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    num_devices: int | None = None,
 ) -> dict[str, ml_collections.ConfigDict]:
     """The configs of a sweep by the names of their runs, the seeds of a policy together.
 
@@ -51,11 +54,12 @@ def configs(
       config: of the adaptive run.
       names: of ``POLICIES``, or any ``batch.policy``.
       seeds: of each.
+      num_devices: that each run will have; those at hand where left out.
 
     Raises:
       ConfigError: one of them has a mistake.
     """
-    plan = describe(resolve(config)).plan
+    plan = describe(resolve(config), num_devices).plan
     found = {}
     for name in names:
         size = plan.ladder[-1] if name == FIXED_LARGE else plan.stages[0].batch_size
@@ -66,7 +70,7 @@ def configs(
             elif name not in (FIXED_SMALL, FIXED_LARGE):
                 run.batch.policy = name
             run.seed = seed
-            describe(resolve(run))
+            describe(resolve(run), num_devices)
             if run not in found.values():
                 found[f'{name}-{seed}'] = run
     return found
@@ -84,7 +88,7 @@ def run(
 
     Args:
       config, names, seeds: as for ``configs``.
-      original: the file that the config is from, with its variant if it has one: ``FILE.py:VARIANT``.
+      original: the file that the config is from, with its variant if it has one: ``FILE:VARIANT``.
       directory: of the sweep.
       quiet: for the runs.
 
@@ -99,9 +103,9 @@ def run(
     if distributed.is_joined():
         raise ConfigError('--sweep: got several processes; accepted: one, which starts the others')
     jax.config.update('jax_platforms', 'cpu')  # the accelerator's memory is for the runs
-    runs, worst = configs(config, names, seeds), 0
-    path, has_variant, variant = original.partition('.py:')
-    path = pathlib.Path(path.removesuffix('.py') + '.py').absolute()
+    runs, worst = configs(config, names, seeds, _num_devices()), 0
+    path, has_variant, variant = original.partition(':')
+    path = pathlib.Path(path).absolute()
     argument = repr(variant) if has_variant else ''
     _check(runs, directory)  # before anything is written
     left_out = sorted({f'{name}-{seed}' for name in names for seed in seeds} - runs.keys())
@@ -129,6 +133,12 @@ def run(
         compared = f'{page.num_runs} run{"s" * (page.num_runs != 1)} compared'
         terminal.say('\n'.join([*page.notes, f'{directory / "report.html"}: {compared}']))
     return worst
+
+
+def _num_devices() -> int:
+    """How many devices the runs will have, as a process says that leaves them free again."""
+    command = [sys.executable, '-c', 'import jax; print(jax.device_count())']
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[-1])
 
 
 def _check(runs: dict[str, ml_collections.ConfigDict], directory: pathlib.Path) -> None:

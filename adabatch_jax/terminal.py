@@ -254,7 +254,7 @@ def print_worthwhile(plan: Plan, model: Model) -> None:
         for count in (paying, num_devices):
             seconds = model.update(size, count)
             hours = updates * seconds / 3600
-            time = [f'{hours:,.3g} h', f'{count * hours:,.3g}'] if updates else ['-', '-']
+            time = [f'{_digits(hours)} h', _digits(count * hours)] if updates else ['-', '-']
             cells += [f'{size / seconds:,.0f}', *time] if can_split(count) else ['-', '-', '-']
         table.add_row(name, f'{size:,}', f'{paying:,}', *cells)
     _print(table)

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import signal
 import time
 import types
 
@@ -208,13 +209,26 @@ def test_a_run_tells_where_its_time_went(tmp_path, capsys):
 
 
 def test_a_run_that_could_not_be_saved_is_told_in_a_line(monkeypatch, capsys):
-    def full(config, directory):
+    def full(config, directory, stop):
         raise train.SaveFailed('no room for the checkpoint')
 
     monkeypatch.setattr(train, 'train', full)
     assert benchmark.main(['benchmark', f'--config={CONFIG}', '--run']) == 2
     told = 'error: --run: no room for the checkpoint; make room, or set TMPDIR\n'
     assert capsys.readouterr().err == told
+
+
+def test_sigterm_ends_a_benchmark_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def stopped(config, directory, stop):
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set() and list(tmp_path.iterdir())
+        raise train.Preempted('stopped')
+
+    monkeypatch.setattr(benchmark.tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setattr(train, 'train', stopped)
+    assert benchmark.main(['benchmark', f'--config={CONFIG}', '--run']) == 143
+    assert capsys.readouterr().err == 'stopped: of a benchmark nothing is kept\n'
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from adabatch_jax import command_line as commands
 from adabatch_jax import evaluate, metrics, train, train_state
 from adabatch_jax import main as command
 from adabatch_jax.config import resolve
@@ -285,10 +286,11 @@ def test_the_highest_rate_of_a_plan_is_one_that_an_update_has(tiny_file, capsys)
 
 
 def test_a_mistake_inside_a_config_file_is_told_with_its_place(tmp_path, capsys):
-    file = tmp_path / 'broken.py'
+    file = tmp_path / 'a.python.file'
     file.write_text('def get_config():\n    return {}["epochs"]\n')
-    assert call(f'--config={file}', '--mode=plan') == 2
-    assert f"KeyError: 'epochs' ({file}, line 2)" in capsys.readouterr().err
+    for flags in ([f'--config={file}'], ['--config', str(file)]):
+        assert call(*flags, '--mode=plan') == 2
+        assert f"KeyError: 'epochs' ({file}, line 2)" in capsys.readouterr().err
     file.write_text(TINY.replace('num_epochs = 2.0', "num_epochs = 'ten'"))
     assert call(f'--config={file}', '--mode=plan') == 2
     assert f'({file}, line 6)' in capsys.readouterr().err
@@ -333,7 +335,7 @@ def test_help_explains_the_flags(capsys):
 
 def test_sigterm_while_the_first_one_is_taken_in_is_not_waited_for(monkeypatch):
     calls = []
-    with command.sigterm() as stop:
+    with commands.sigterm() as stop:
 
         def set_():  # as if the second one came within `set`, whose lock is held then
             calls.append(signal.SIGTERM)

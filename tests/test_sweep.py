@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 
+import jax
 import pytest
 
 from adabatch_jax import main, metrics, sweep, train
@@ -165,6 +166,15 @@ def test_a_sweep_of_other_runs_is_refused_and_leaves_these_as_they_are(tmp_path)
     assert not (tmp_path / 'fixed_small-0').exists()
 
 
+def test_a_sweep_is_refused_where_the_devices_of_its_runs_cannot_share_a_batch(tmp_path, monkeypatch):
+    assert sweep._num_devices() == jax.device_count()
+    monkeypatch.setattr(sweep, '_num_devices', lambda: 16)  # as there may be accelerators
+    arguments = (config(), 'tests/small_run.py', tmp_path / 'sweep', sweep.POLICIES, [0])
+    with pytest.raises(ConfigError, match='batch size 8 does not divide evenly over 16 devices'):
+        sweep.run(*arguments)
+    assert not (tmp_path / 'sweep').exists()
+
+
 def test_a_sweep_is_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.distributed, 'is_joined', lambda: True)
     with pytest.raises(ConfigError, match='--sweep: got several processes'):
@@ -195,6 +205,7 @@ def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
     run.write_text(f'#!{sys.executable}\nimport os, signal, time\n{code}\n')
     run.chmod(0o755)
     monkeypatch.setattr(sys, 'executable', str(run))
+    monkeypatch.setattr(sweep, '_num_devices', lambda: 2)
     monkeypatch.setattr(sweep, '_PATIENCE_SECONDS', 0.1)
     before = signal.getsignal(number)
     found = sweep.run(config(), 'tests/small_run.py', tmp_path / 'sweep', sweep.POLICIES, [0], True)
@@ -204,7 +215,7 @@ def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
 
 
 def test_a_config_file_that_adds_a_policy_can_be_swept(command_line, tmp_path):
-    file = tmp_path / 'mine.py'
+    file = tmp_path / 'mine'  # whatever it is called
     file.write_text(
         'import types\nfrom adabatch_jax import models, policies, schedules\n'
         'def create(config, rate, clock):\n'
