@@ -67,15 +67,24 @@ class Checkpointer:
         """Begins to save; the state's buffers may be donated as soon as this returns.
 
         Args:
-          step: updates taken, the name of the checkpoint. One that is saved already, or being saved, is
-            left as it is.
+          step: updates taken, the name of the checkpoint. The latest one, and one that is being saved,
+            are left as they are.
           state: pytree of arrays, the same on every device.
           host: JSON-able state of the host; not to be changed afterwards.
           accuracy: of an evaluation of this very state, for keeping the best; None without one.
+
+        Raises:
+          ValueError: there is a later one, which would be taken for what this run comes to.
         """
         if step in (self._saving, self._saved):
             return  # a best state that is due as well: to wait for it would hold training up
         self._join()
+        if step < (self._saved or 0):
+            raise ValueError(
+                f'step: got {step}, and {str(self._directory)!r} has a checkpoint of update '
+                f'{self._saved}; accepted: later ones; to go on from an earlier one, call '
+                'set_aside_after before the Checkpointer is made'
+            )
         try:  # a copy: the buffers are given to the next update; all are fetched at once
             state = jax.tree.map(np.array, jax.device_get(state))
         except RuntimeError as error:
@@ -206,6 +215,7 @@ def restore(
     step: int | Literal['latest', 'best'] | None = None,
     target: Any = None,
     report: Callable[[str], Any] = warnings.warn,
+    check: Callable[[dict[str, Any]], Any] = lambda host: None,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint, or the latest one that is not damaged, after comparing it with its digests.
 
@@ -215,6 +225,7 @@ def restore(
       target: pytree of arrays or shapes that gives the structure; None for the structure that was
         saved, in dictionaries.
       report: takes a line about each damaged one that was passed over.
+      check: takes the host state, before the arrays are compared with ``target``; it may raise.
 
     Returns:
       The pytree of numpy arrays, and the host state.
@@ -243,6 +254,7 @@ def restore(
         for line in damages:
             report(f'warning: {line}; going on from that of update {candidate}')
         state, host = _read(directory / str(candidate))
+        check(host)
         return (state if target is None else _like(target, state)), host
     if step is None:
         damages.append(f'no other is left in {str(directory)!r}, and nothing was changed')

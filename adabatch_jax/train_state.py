@@ -107,6 +107,8 @@ def restore(
     Raises:
       FileNotFoundError: no checkpoint there, or not that one; the message lists what exists.
       checkpoint.Damaged: its files are not what was written.
+      ValueError: it does not hold the arrays of ``target``.
+      TypeError: ``step`` is none of these.
     """
     from adabatch_jax import checkpoint
 

@@ -183,14 +183,29 @@ def test_without_an_undamaged_checkpoint_nothing_is_changed_and_all_are_named(tm
 def test_an_analysis_leaves_out_checkpoints_that_are_removed_meanwhile_unless_all_are(tmp_path):
     save(tmp_path, 0.9, None, None)
     lines = []
-    found = analysis._sound(tmp_path, [1, 2, 3], STATE, lines.append)
+    found = analysis._sound(tmp_path, [1, 2, 3], STATE, lines.append, bool)
     assert next(found)[0] == 1
     shutil.rmtree(tmp_path / '2')
     assert [step for step, *_ in found] == [3]
     (line,) = lines
     assert line.startswith('warning: no checkpoint of step 2 in') and line.endswith('; it is left out')
     with pytest.raises(ConfigError, match='workdir: no checkpoint of step 5'):
-        list(analysis._sound(tmp_path, [4, 5], STATE, lines.append))
+        list(analysis._sound(tmp_path, [4, 5], STATE, lines.append, bool))
+
+
+def test_a_checkpoint_of_an_earlier_update_than_the_latest_is_refused_and_none_is_removed(tmp_path):
+    save(tmp_path, None, None, None, first=10)
+    saver = checkpoint.Checkpointer(tmp_path)
+    for step in (5, 11):
+        with pytest.raises(
+            ValueError, match=f'step: got {step}, and .* of update 12; .*set_aside_after'
+        ):
+            saver.save(step, STATE, {})
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [11, 12]
+    checkpoint.set_aside_after(tmp_path, 11)
+    save(tmp_path, None, first=12)
+    assert checkpoint.steps(tmp_path) == [11, 12]
 
 
 def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):

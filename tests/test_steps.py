@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from adabatch_jax import distributed, models, optimizers, steps, train_state
+from adabatch_jax import accepted_values, distributed, models, optimizers, steps, train_state
 from adabatch_jax.steps import compiled, pure
 
 TRACES = []
@@ -318,17 +318,43 @@ def test_unknown_optimizer_and_model_list_what_exists():
         models.get_model('resnet20', 10, depth=3)
     with pytest.raises(ValueError, match="statistics: got 'norm'; accepted: '', 'norms', 'inner_prod"):
         dataclasses.replace(make_spec(), statistics='norm')
+    with pytest.raises(ValueError, match="rule: got 'amijo'; accepted: 'schedule', 'armijo', 'barzi"):
+        dataclasses.replace(make_spec(), rule='amijo')
+    with pytest.raises(ValueError, match="statistics: got ''; accepted: 'norms', 'inner_products'"):
+        dataclasses.replace(make_spec(), rule='barzilai_borwein')
+    assert accepted_values.CHOICES['learning_rate.rule'] == steps.RULES
 
 
-def test_an_optimizer_without_a_learning_rate_to_set_is_refused_and_optax_has_a_way():
-    of_schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(0.1))
-    for optimizer, has in ((optax.sgd(0.1), 'no learning_rate'), (of_schedule, 'a schedule')):
-        with pytest.raises(ValueError, match=f'state has {has}; .* optax.inject_hyperparams'):
-            steps.compile_step(dataclasses.replace(make_spec(), optimizer=optimizer))
+def injected(rate=0.0, **options):
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate, **options)
+
+
+KEYED = optax.GradientTransformation(lambda params: jax.random.key(0), lambda g, key, _=None: (g, key))
+
+
+@pytest.mark.parametrize(
+    'optimizer, rule, has',
+    [
+        (optax.sgd(0.1), 'schedule', 'no learning_rate'),
+        (injected(rate=optax.constant_schedule(0.1)), 'schedule', 'a schedule'),
+        (injected(rate=0), 'schedule', 'a learning_rate of int32'),
+        (
+            optax.chain(injected(), injected()),
+            'armijo',
+            "2 learning rates where the rule 'armijo' finds",
+        ),
+        (optax.chain(KEYED, injected()), 'schedule', 'random keys'),
+    ],
+)
+def test_an_optimizer_that_a_step_cannot_use_is_refused(optimizer, rule, has):
+    spec = dataclasses.replace(make_spec(), optimizer=optimizer, rule=rule)
+    with pytest.raises(ValueError, match=f'state has {has}.*; accepted: .* optax.inject_hyperparams'):
+        steps.compile_step(spec)
+
+
+def test_an_optimizer_of_optax_whose_learning_rate_can_be_set_is_used():
     plain = make_spec(momentum=0.9)
-    spec = dataclasses.replace(
-        plain, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.0, momentum=0.9)
-    )
+    spec = dataclasses.replace(plain, optimizer=injected(momentum=0.9))
     batch = make_batch(spec.batch_size)
     ours, theirs = (run_step(s, make_state(s), batch)[0].params for s in (spec, plain))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-6)

@@ -17,11 +17,12 @@ from adabatch_jax.steps.pure import (
     train_step,
     train_steps,
 )
-from adabatch_jax.steps.spec import STATISTICS, Normalize, StepSpec
+from adabatch_jax.steps.spec import RULES, STATISTICS, Normalize, StepSpec
 
 __all__ = [
     'CACHE',
     'MOST_STEPS',
+    'RULES',
     'STATISTICS',
     'CompiledStep',
     'Normalize',

@@ -126,14 +126,30 @@ def _shapes(spec: StepSpec) -> tuple:
     )
     if not spec.train:
         return state.variables, batch_shapes(spec)
-    rates = optimizers.learning_rates(state.opt_state)
-    if not rates or not all(isinstance(rate, jax.ShapeDtypeStruct) for rate in rates):
-        raise ValueError(
-            f'optimizer: got one whose state has {"a schedule" if rates else "no learning_rate"}; '
-            'accepted: of optimizers.create, or optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
-        )
+    _check_optimizer(spec, state.opt_state)
     scalars = (jax.ShapeDtypeStruct(_updates(spec), dtype) for dtype in (jnp.float32, jnp.uint32))
     return state, batch_shapes(spec), *scalars
+
+
+def _check_optimizer(spec: StepSpec, opt_state: Any) -> None:
+    """Refuses an optimizer that a step cannot give a learning rate, or whose state cannot be saved."""
+    rates, leaves = optimizers.learning_rates(opt_state), jax.tree.leaves(opt_state)
+    if not rates:
+        has = 'no learning_rate'
+    elif not all(isinstance(rate, jax.ShapeDtypeStruct) for rate in rates):
+        has = 'a schedule'
+    elif others := [rate.dtype for rate in rates if rate.dtype != jnp.float32]:
+        has = f'a learning_rate of {others[0]}'
+    elif spec.rule != 'schedule' and len(rates) > 1:
+        has = f'{len(rates)} learning rates where the rule {spec.rule!r} finds one'
+    elif any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
+        has = 'random keys'
+    else:
+        return
+    raise ValueError(
+        f'optimizer: got one whose state has {has}; accepted: of optimizers.create, or '
+        'optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
+    )
 
 
 def _batch_axes(spec: StepSpec):

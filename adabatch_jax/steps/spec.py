@@ -14,6 +14,7 @@ from adabatch_jax.variance_reduction import Saga, Svrg
 
 AXIS_NAME = 'batch'  # of the mapped devices
 STATISTICS = ('', 'norms', 'inner_products')  # of the gradients of groups
+RULES = ('schedule', 'armijo', 'barzilai_borwein')  # where the step size comes from
 # Groups of a device whose gradients are kept apart for inner products, at most; there are more where no
 # number from 2 to this divides its microbatches.
 MOST_GROUPS = 8
@@ -54,7 +55,8 @@ class StepSpec:
         the new weights are not finite.
       statistics: one of ``STATISTICS``: none; ``'norms'``, of the gradients of all microbatches; or
         ``'inner_products'``, of groups of microbatches, at the memory of one gradient a group.
-      rule: ``learning_rate.rule`` of the config: where the step size comes from.
+      rule: one of ``RULES``, ``learning_rate.rule`` of the config; ``'barzilai_borwein'`` goes by
+        ``statistics``.
       fraction: of the data set that a batch is; for the rule ``'barzilai_borwein'``.
       weight_decay: coefficient, and one of ``optimizers.DECAYED``, of the penalty that the optimizer
         minimises with the loss; for the rules that search.
@@ -89,9 +91,12 @@ class StepSpec:
     quick: bool = False
 
     def __post_init__(self):
-        if self.statistics not in STATISTICS:
-            accepted = ', '.join(map(repr, STATISTICS))
-            raise ValueError(f'statistics: got {self.statistics!r}; accepted: {accepted}')
+        accepted = {'statistics': STATISTICS, 'rule': RULES}
+        if self.rule == 'barzilai_borwein':
+            accepted['statistics'] = STATISTICS[1:]
+        for name, values in accepted.items():
+            if (got := getattr(self, name)) not in values:
+                raise ValueError(f'{name}: got {got!r}; accepted: {", ".join(map(repr, values))}')
         loss = LOSSES.get(self.loss, self.loss)
         if not callable(loss):
             accepted = ', '.join(LOSSES)
