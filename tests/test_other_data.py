@@ -1,5 +1,6 @@
 """A run goes on with the data that it began with, and is measured on them, in all processes."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ from runs import StopAt, tiny
 from several_processes import FLAGS, finish, two
 from test_encoded_images import write_folder
 
-from adabatch_jax import analysis, train
+from adabatch_jax import analysis, input_pipeline, train
 from adabatch_jax.config import ConfigError, resolve
 from adabatch_jax.evaluate import evaluate_checkpoint
 
@@ -74,6 +75,24 @@ def test_a_run_whose_data_were_replaced_is_neither_continued_nor_measured_on_the
     finally:
         write(folder / 'data', draw(100), draw(60))
     assert evaluate_checkpoint(resolve(config), folder / 'run')['num_examples'] == 60
+
+
+def of_source(num_classes, mean, std):
+    sizes = {'train': 12, 'test': 12}
+    source = input_pipeline.Source((6, 5, 1), num_classes, mean, std, sizes, lambda split: None)
+    same = source.image_shape, source.num_classes, source.mean, source.std
+    return input_pipeline.DatasetInfo(12, 12, *same, False, '')
+
+
+def test_data_are_the_same_whatever_the_last_digits_of_their_moments_and_the_kind_of_their_numbers():
+    plain, other = of_source(3, (7.3,), (1.1,)), of_source(np.int64(3), 7.3 + 1e-14, [1.1 - 1e-14])
+    saved = json.loads(json.dumps(other.as_saved()))
+    assert plain.as_saved() == saved
+    plain.check({'data': saved})
+    with pytest.raises(ValueError, match=r'data with std \[1.1\], and the data set has \[1.2\] now'):
+        of_source(3, 7.3, 1.2).check({'data': saved})
+    with pytest.raises(ValueError, match='num_classes: got 2.5; accepted: a whole number above 0'):
+        of_source(2.5, 7.3, 1.1)
 
 
 def test_classes_that_were_renamed_are_other_data(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -51,8 +50,9 @@ class DatasetInfo:
     fingerprint: str
 
     def as_saved(self) -> dict[str, Any]:
-        """In JSON types, as a checkpoint holds it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """In JSON types, as a checkpoint holds it; of the moments what no order of summation changes."""
+        moments = {key: [float(f'{x:.6g}') for x in getattr(self, key)] for key in ('mean', 'std')}
+        return {**dataclasses.asdict(self), **moments, 'image_shape': list(self.image_shape)}
 
     def check(self, saved: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
         """Refuses data that are others than those of a run.

@@ -20,7 +20,8 @@ _SPLIT = re.compile(r'([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?')  # names may co
 class Source:
     """One data set: its shape, its split sizes, and how to read or to open a whole split.
 
-    ``fingerprint`` is of what else tells its training examples from others, where that is soon known.
+    ``fingerprint`` is a text of what else tells its training examples from others, where that is soon
+    known.
     """
 
     image_shape: tuple[int, int, int]
@@ -36,6 +37,9 @@ class Source:
         for name in ('image_shape', 'mean', 'std'):  # compiled steps are kept by them, so hashable
             value = np.atleast_1d(getattr(self, name)).tolist()
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.num_classes, numbers.Integral) or self.num_classes < 1:
+            raise ValueError(f'num_classes: got {self.num_classes!r}; accepted: a whole number above 0')
+        object.__setattr__(self, 'num_classes', int(self.num_classes))
         if len(self.image_shape) != 3 or not all(type(n) is int and n > 0 for n in self.image_shape):
             raise ValueError(
                 f'image_shape: got {self.image_shape}; accepted: height, width and channels'
