@@ -30,7 +30,7 @@ import runpy
 from adabatch_jax.config import from_json
 
 # With the models, data sets and policies that it may add, as a whole or for its config.
-runpy.run_path({original!r})['get_config']({variant})
+{begin}
 
 
 def get_config():
@@ -103,10 +103,11 @@ def run(
     if distributed.is_joined():
         raise ConfigError('--sweep: got several processes; accepted: one, which starts the others')
     jax.config.update('jax_platforms', 'cpu')  # the accelerator's memory is for the runs
-    runs, worst = configs(config, names, seeds, _num_devices()), 0
     path, has_variant, variant = original.partition(':')
     path = pathlib.Path(path).absolute()
     argument = repr(variant) if has_variant else ''
+    begin = f"runpy.run_path({str(path)!r})['get_config']({argument})"
+    runs, worst = configs(config, names, seeds, _num_devices(begin)), 0
     _check(runs, directory)  # before anything is written
     left_out = sorted({f'{name}-{seed}' for name in names for seed in seeds} - runs.keys())
     if left_out and not quiet:
@@ -114,9 +115,7 @@ def run(
     for number, (name, run_config) in enumerate(runs.items(), 1):
         file = directory / f'{name}.py'
         policy, _, seed = name.rpartition('-')
-        text = _CONFIG.format(
-            name=policy, seed=seed, text=to_json(run_config), original=str(path), variant=argument
-        )
+        text = _CONFIG.format(name=policy, seed=seed, text=to_json(run_config), begin=begin)
         with user_errors('workdir'):
             directory.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
@@ -135,10 +134,18 @@ def run(
     return worst
 
 
-def _num_devices() -> int:
-    """How many devices the runs will have, as a process says that leaves them free again."""
-    command = [sys.executable, '-c', 'import jax; print(jax.device_count())']
-    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[-1])
+def _num_devices(begin: str) -> int:
+    """How many devices the runs will have, as a process says that leaves them free again.
+
+    Args:
+      begin: what they begin with, since a config file may choose the devices.
+    """
+    code = f'import runpy\n{begin}\nimport jax\nprint(jax.device_count())'
+    counted = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    if counted.returncode:
+        reason = counted.stderr.strip().splitlines() or [f'exit status {counted.returncode}']
+        raise ConfigError(f'--sweep: the devices of the runs could not be counted: {reason[-1]}')
+    return int(counted.stdout.split()[-1])
 
 
 def _check(runs: dict[str, ml_collections.ConfigDict], directory: pathlib.Path) -> None:

@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 
-import jax
 import pytest
 
 from adabatch_jax import main, metrics, sweep, train
@@ -167,12 +166,20 @@ def test_a_sweep_of_other_runs_is_refused_and_leaves_these_as_they_are(tmp_path)
 
 
 def test_a_sweep_is_refused_where_the_devices_of_its_runs_cannot_share_a_batch(tmp_path, monkeypatch):
-    assert sweep._num_devices() == jax.device_count()
-    monkeypatch.setattr(sweep, '_num_devices', lambda: 16)  # as there may be accelerators
+    monkeypatch.setattr(sweep, '_num_devices', lambda begin: 16)  # as there may be accelerators
     arguments = (config(), 'tests/small_run.py', tmp_path / 'sweep', sweep.POLICIES, [0])
     with pytest.raises(ConfigError, match='batch size 8 does not divide evenly over 16 devices'):
         sweep.run(*arguments)
     assert not (tmp_path / 'sweep').exists()
+
+
+def test_devices_are_counted_as_the_runs_will_have_them(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '')
+    monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '3')
+    assert sweep._num_devices('print("of a config file")') == 3
+    monkeypatch.setenv('JAX_PLATFORMS', 'nowhere')
+    with pytest.raises(ConfigError, match='the devices of the runs could not be counted: .*nowhere'):
+        sweep._num_devices('')
 
 
 def test_a_sweep_is_one_process(monkeypatch, tmp_path):
@@ -205,7 +212,7 @@ def test_a_signal_to_a_sweep_alone_goes_to_its_run_and_begins_no_other(
     run.write_text(f'#!{sys.executable}\nimport os, signal, time\n{code}\n')
     run.chmod(0o755)
     monkeypatch.setattr(sys, 'executable', str(run))
-    monkeypatch.setattr(sweep, '_num_devices', lambda: 2)
+    monkeypatch.setattr(sweep, '_num_devices', lambda begin: 2)
     monkeypatch.setattr(sweep, '_PATIENCE_SECONDS', 0.1)
     before = signal.getsignal(number)
     found = sweep.run(config(), 'tests/small_run.py', tmp_path / 'sweep', sweep.POLICIES, [0], True)
