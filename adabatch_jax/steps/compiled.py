@@ -148,7 +148,7 @@ def _check_optimizer(spec: StepSpec, opt_state: Any) -> None:
         return
     raise ValueError(
         f'optimizer: got one whose state has {has}; accepted: of optimizers.create, or '
-        'optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)'
+        'optax.inject_hyperparams(optax.sgd)(learning_rate=jnp.float32(0.0))'
     )
 
 
