@@ -42,6 +42,9 @@ def restore(
             )
         # Keys that its version did not have yet.
         saved['schedule'] = schedule_of(default_config()) | saved['schedule']
+        saved.setdefault('other_rates', saved.get('gains', False))
+        factor, fall_backs = saved['schedule']['divergence.rate_factor'], saved['counts']['fall_backs']
+        saved.setdefault('lowered', factor**fall_backs)
         return saved, int(state.examples_seen)
 
     saved, examples_seen = distributed.from_first(read)

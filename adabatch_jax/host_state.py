@@ -31,7 +31,9 @@ class HostState:
       decides: whether the policy, or one before it in this run, decides during the run.
       coupling: of the learning rate to the batch.
       other_rates: whether some learning rates were not what the config says of their batch sizes, which
-        is all that a replay knows: decisions gave gains, or the run had another schedule before.
+        is all that a replay knows: decisions gave gains, the run fell back, or it had another schedule
+        before.
+      lowered: by what falling back has multiplied the effective learning rate.
       stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
       window: sums since the last ``train`` record.
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.
@@ -58,6 +60,7 @@ class HostState:
     decides: bool = False
     coupling: str = ''
     other_rates: bool = False
+    lowered: float = 1.0
     stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     observed: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -16,6 +16,8 @@ def why(run, reason: str) -> str:
         reason = f'continues from the checkpoint of update {run.step}; {reason}'.removesuffix('; ')
     if run.schedule_changes:
         reason = f'{reason}; schedule changed: {"; ".join(run.schedule_changes)}'
+        if run.host.lowered != 1:
+            reason = f'{reason}; effective learning rate x {run.host.lowered:g}, as the run fell back'
     return reason
 
 

@@ -169,10 +169,9 @@ class Run:
         """That of an update; where it is searched for, the last that was found, or where to begin."""
         if self.searches and self.host.observed:
             return self.host.observed['learning_rate']
-        lowered = self.experiment.config.divergence.rate_factor ** self.host.counts['fall_backs']
         factor, gain = self.experiment.learning_rate.factor, self.decision.gain
         gain = factor(update.batch_size) if gain is None else gain
-        return float(lowered * gain * self.effective_rates(update))
+        return float(self.host.lowered * gain * self.effective_rates(update))
 
     def ahead(self) -> list[schedules.Update]:
         """The updates to dispatch together: the upcoming one, and more if nothing comes between."""

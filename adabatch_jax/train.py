@@ -145,10 +145,9 @@ def _try(attempt, config, directory, stop) -> tuple[dict[str, Any] | None, Attem
             options, fall_backs = config.divergence, run.host.counts['fall_backs'] + 1
             if options.action != 'fall_back' or fall_backs > options.max_fall_backs:
                 raise
-            lowered = f'effective learning rate x {options.rate_factor**fall_backs:g}'
-            return None, dataclasses.replace(
-                attempt, fall_backs=fall_backs, reason=f'{error}: {lowered}'
-            )
+            lowered = options.rate_factor * run.host.lowered
+            reason = f'{error}: effective learning rate x {lowered:g}'
+            return None, dataclasses.replace(attempt, fall_backs=fall_backs, reason=reason)
 
 
 def loop(run: Run, stop: threading.Event | None, reason: str) -> dict[str, Any]:
@@ -242,7 +241,10 @@ def open_run(
         host = continuation.host_state(experiment, saved, int(state.examples_seen))
         began = start - host.seconds['wall'] if attempt.began is None else attempt.began
         if attempt.fall_backs is not None:
-            host.counts['fall_backs'] = attempt.fall_backs
+            host.lowered *= config.divergence.rate_factor ** (
+                attempt.fall_backs - host.counts['fall_backs']
+            )
+            host.counts['fall_backs'], host.other_rates = attempt.fall_backs, True
         run = Run(experiment, pipeline, writer, saver, state, host, began)
         stack.enter_context(contextlib.closing(run.streams))
         stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps

@@ -120,6 +120,24 @@ def test_each_time_that_a_run_falls_back_lowers_its_rate_by_the_factor(tmp_path,
         assert opened.learning_rate(opened.upcoming) == pytest.approx(0.02 * 0.25**fall_backs)
 
 
+def test_another_factor_is_for_later_falls_and_what_fell_back_leaves_nothing_to_replay(
+    broken_rate, tmp_path
+):
+    broken_rate(9)
+    config = tiny(**{'divergence.action': 'fall_back', 'learning_rate.schedule': 'constant'})
+    config.batch.policy, config.batch.max_size = 'noise_scale', 16
+    train.train(config, tmp_path)
+    assert not (tmp_path / 'schedule.json').exists()
+    config.num_epochs, config.divergence.rate_factor = 4.0, 0.1
+    train.train(config, tmp_path, allow_schedule_change=True)
+    reason = of_kind(tmp_path, 'session')[-1]['reason']
+    assert reason.endswith('; effective learning rate x 0.5, as the run fell back')
+    last = of_kind(tmp_path, 'train')[-1]
+    assert last['epoch'] > 3.5 and last['learning_rate'] == pytest.approx(
+        0.5 * 0.02 * last['batch_size'] / 8
+    )
+
+
 def test_falling_back_ends_after_so_many_times(tmp_path):
     config = tiny(
         **{

@@ -3,7 +3,7 @@
 ``batch.replay`` names the work directory of a finished run that was driven by statistics. With the rest
 of its config the replay ends in the same weights: it splits its batches in the same way and has its
 coupling. A run leaves no schedule whose decisions gave gains in place of the coupling, as those of
-``adascale``, or which was continued with other learning rates or another coupling.
+``adascale``, which fell back, or which was continued with other learning rates or another coupling.
 """
 
 import json
