@@ -43,7 +43,8 @@ class Eigenvalues(NamedTuple):
       values: float64 ``[num_steps]``, from the largest to the smallest. Those at both ends are right
         first.
       residuals: float64 ``[num_steps]``, ``|A y - value y|`` for the unit vector y that belongs to each:
-        there is an eigenvalue no farther away than that. Not below the rounding of the products.
+        there is an eigenvalue no farther away than that, but for what the products lose by rounding,
+        which is taken to be one unit in the last place of the largest value.
     """
 
     values: np.ndarray

@@ -43,10 +43,11 @@ class HostState:
       counts: of divergence and what was done about it, of examples in updates of which none could be
         decoded, and of examples in probes.
       seconds: from the beginning of the run: ``wall``; ``train``, between the ends of updates;
-        ``compile``, on whatever thread; ``setup``, until a process has the run's state and data; and
-        ``stall`` (at the beginning of stages), ``input``, ``log``, ``evaluation``, ``checkpoint`` and
-        ``probe``, these while the devices had no update to work on. What went on after the checkpoint
-        that a run goes back to, when it falls back or runs out of memory, counts in ``wall`` alone.
+        ``compile``, of train steps, on whatever thread; ``setup``, until a process has the run's state
+        and data; and ``stall`` (at the beginning of stages), ``input``, ``log``, ``evaluation``,
+        ``checkpoint`` and ``probe``, these while the devices had no update to work on. What went on
+        after the checkpoint that a run goes back to, when it falls back or runs out of memory, counts
+        in ``wall`` alone.
     """
 
     schedule: dict[str, Any]

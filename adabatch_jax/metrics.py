@@ -241,11 +241,12 @@ class _EventFile:
             if self._hparams:
                 parts = summary.hparams(self._hparams, {'eval/accuracy': 0, 'eval/loss': 0})
                 events += [{'summary': part} for part in parts]
+        if kind == 'session':  # TensorBoard forgets what an earlier process wrote from that step on
+            after = fields[self._position] + 1
+            events.append({'session_log': SessionLog(status=SessionLog.START), 'step': after})
         for key, value in fields.items():
             if key not in ('step', 'time') and isinstance(value, int | float):
                 events.append({'summary': summary.scalar(f'{kind}/{key}', value)})
-        if kind == 'session':  # TensorBoard then forgets what an earlier process wrote after this step
-            events.append({'session_log': SessionLog(status=SessionLog.START)})
         now_and_here = {'wall_time': now, 'step': fields[self._position]}
         framed = (_framed(Event(**now_and_here | what).SerializeToString()) for what in events)
         self._file.add(b''.join(framed))

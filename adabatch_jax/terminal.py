@@ -271,9 +271,9 @@ def print_shares(shares: dict[str, float], summary: dict[str, Any]) -> None:
         table.add_row(part, f'{share * summary["wall_seconds"]:,.2f}', f'{share:.1%}')
     _print(table)
     _print(
-        f'{_count(summary["updates"], "update")} in {summary["wall_seconds"]:,.1f} s; compilation, '
-        f'mostly beside the steps: {summary["compile_seconds"]:.1f} s. steps: less what kept devices '
-        'waiting; setup: until state and data were there; stall: at the beginning of stages'
+        f'{_count(summary["updates"], "update")} in {summary["wall_seconds"]:,.1f} s; compilation of '
+        f'train steps, mostly beside others: {summary["compile_seconds"]:.1f} s. steps: less what kept '
+        'devices waiting; setup: until state and data were there; stall: at the beginning of stages'
     )
 
 

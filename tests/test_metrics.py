@@ -102,6 +102,33 @@ def read_events(path):
     return events
 
 
+def test_tensorboard_keeps_of_a_continued_run_what_its_records_keep(tmp_path):
+    """At the start of a session it forgets what it has of that step and later ones."""
+    sessions = [
+        [('session', 0, 1.0), ('train', 4, 1.0), ('eval', 4, 1.0), ('train', 8, 1.0), ('eval', 8, 1.0)],
+        [('session', 4, 2.0), ('train', 8, 2.0), ('eval', 8, 2.0)],
+        [('session', 8, 3.0)],
+    ]
+    for records in sessions:
+        writer = metrics.MetricsWriter(tmp_path, print)
+        for kind, step, value in records:
+            writer.write(kind, step=step, examples_seen=16 * step, value=value)
+        writer.close()
+    expected = {(r['kind'], r['step']): r['value'] for r in metrics.read_records(tmp_path)}
+    for folder, scale in ((tmp_path, 1), (tmp_path / 'by_examples', 16)):
+        shown = {}
+        for path in sorted(folder.glob('events.out.tfevents.*')):
+            for event in read_events(path):
+                if event.HasField('session_log'):
+                    shown = {at: value for at, value in shown.items() if at[1] < event.step}
+                for scalar in event.summary.value:
+                    kind, _, name = scalar.tag.partition('/')
+                    if name == 'value':
+                        shown[kind, event.step] = scalar.simple_value
+        assert shown == {(kind, scale * step): value for (kind, step), value in expected.items()}
+    assert len(expected) == 7
+
+
 def test_records_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path):
     reported = []
     writer = metrics.MetricsWriter(tmp_path, reported.append)
