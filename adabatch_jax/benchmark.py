@@ -373,7 +373,7 @@ def measured_steps(values: flags.FlagValues, config) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Runs the command with a command line, its name first; returns the exit status."""
-    return command_line.run(argv, __doc__, define_flags, run, trains=lambda values: values.run)
+    return command_line.run(argv, __doc__, define_flags, run)
 
 
 if __name__ == '__main__':
