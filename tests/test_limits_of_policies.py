@@ -5,7 +5,7 @@ import math
 import pytest
 from test_policies import make as planned
 from test_policies import smith
-from test_statistical_policies import make
+from test_statistical_policies import make, steady
 
 from adabatch_jax import policies
 from adabatch_jax.policies import Observation, adascale, base, statistical
@@ -147,3 +147,21 @@ def test_listed_stages_may_have_batches_of_one_example_and_have_to_begin():
     assert [stage.batch_size for stage in plan.stages] == [1, 2]
     with pytest.raises(ValueError, match='starts at epoch inf, outside the run'):
         planned(100, 'carry', **listed | {'batch.stages': ((0, 8), (math.inf, 16))})
+
+
+def test_the_throughput_guard_compares_with_what_was_trained_where_rungs_are_leapt_over():
+    changes = {'batch.statistics.min_speedup': 1.1, 'batch.statistics.max_rungs': 2}
+    policy = make('noise_scale', **changes)
+    state = steady(policy, 100_000.0, seconds=lambda size: size / 16)  # no batch is faster than another
+    assert policy.ladder[-1] > 64 and policy.decide(state, 0).batch_size == 64
+
+
+@pytest.mark.parametrize('hysteresis', [0.0, 0.1])
+@pytest.mark.parametrize('theta', [0.5, 0.9, 0.96])
+def test_the_norm_test_grows_as_long_as_it_asks_for_more_than_its_hysteresis(theta, hysteresis):
+    changes = {'batch.norm_test.theta': theta, 'batch.statistics.hysteresis': hysteresis}
+    policy = make('norm_test', **changes, **{'batch.max_size': 65536, 'batch.statistics.min_size': 0})
+    size = policy.decide(steady(policy, 1e4), 0).batch_size
+    allowed = (1 + hysteresis) * theta**2
+    end = (1 - allowed) / allowed * 1e4  # where noise and gradient pass, at a noise scale of 1e4
+    assert size == next(rung for rung in policy.ladder if rung >= end)
