@@ -28,9 +28,6 @@ class _Path(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
         return os.path.expanduser(argument)
 
-    def flag_type(self) -> str:
-        return 'string'
-
 
 def define_path(name: str, what: str, values: flags.FlagValues) -> None:
     """Adds ``--name=PATH``, None where it is left out."""

@@ -61,9 +61,8 @@ def host_state(experiment: Experiment, saved: dict[str, Any] | None, examples_se
     policy, now = experiment.policy, schedule_of(experiment.config)
     devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     if saved is None:
-        saved = {'schedule': now, 'policy': policies.as_saved(policy.initial_state())}
-        saved |= {'ladder': list(policy.ladder), 'devices': devices}
-        saved['coupling'] = experiment.learning_rate.coupling
+        initial = policies.as_saved(policy.initial_state())
+        saved = {'schedule': now, 'policy': initial, 'devices': devices}
     names = {field.name for field in dataclasses.fields(HostState)}
     host = HostState(**{name: value for name, value in saved.items() if name in names})
     is_same = host.schedule['batch.policy'] == now['batch.policy']

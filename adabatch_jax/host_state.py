@@ -31,9 +31,9 @@ class HostState:
       decides: whether the policy, or one before it in this run, decides during the run.
       coupling: of the learning rate to the batch.
       other_rates: whether some learning rates were not what the config says of their batch sizes, which
-        is all that a replay knows: decisions gave gains, the run fell back, or it had another schedule
-        before.
-      lowered: by what falling back has multiplied the effective learning rate.
+        is all that a replay knows: decisions gave gains, or the run had another schedule before.
+      lowered: by what falling back has multiplied the effective learning rate, which no replay knows
+        either.
       stages: where batch sizes began: ``examples_seen`` when it was decided, ``batch_size``, ``reason``.
       window: sums since the last ``train`` record.
       observed: the last update whose sums were read: ``step``, ``examples_seen``, ``learning_rate``.

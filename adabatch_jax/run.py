@@ -390,7 +390,7 @@ class Run:
         with self.timed('checkpoint'):
             self.checkpointer.wait()
         try:
-            if self.host.decides and not self.host.other_rates:
+            if self.host.decides and not self.host.other_rates and self.host.lowered == 1:
                 workdir.write_schedule(self.experiment, self.host.stages, self.writer.workdir)
             summary = self.record('summary', self.step, self.examples_seen, **records.summary(self))
             self.writer.sync()

@@ -244,7 +244,7 @@ def open_run(
             host.lowered *= config.divergence.rate_factor ** (
                 attempt.fall_backs - host.counts['fall_backs']
             )
-            host.counts['fall_backs'], host.other_rates = attempt.fall_backs, True
+            host.counts['fall_backs'] = attempt.fall_backs
         run = Run(experiment, pipeline, writer, saver, state, host, began)
         stack.enter_context(contextlib.closing(run.streams))
         stack.callback(steps.CACHE.cancel_waiting)  # first, since what opens a stage waits for its steps
